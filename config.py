@@ -186,6 +186,7 @@ ORDERS = {",".join(stage for stage, bit in zip(STAGES, bits) if bit) for bits in
 AT_LEAST_0 = {"seed", "max_steps", "weight_decay", "beta1", "beta2", "dual_clip", "kl_coef", "eval_limit", "dpo_label_smoothing", "dpo_sft_coef", "resume",
               "checkpointing", "shared_prefix", "advantage_std"} | {f"{stage}_{word}" for stage in STAGES for word in ("warmup", "steps")}
 BELOW_1 = {"beta1", "beta2", "clip_low", "sft_warmup", "dpo_warmup", "grpo_warmup"}
+FREE = ("out", "resume", "device", "micro_tokens", "rollout_rows", "logprob_chunk", "checkpointing")  # a run may go on with others: they change rounding only
 
 
 class ConfigError(ValueError):
@@ -222,19 +223,21 @@ def parse_config(argv):
 
 
 def _flags(argv):
-    """argv -> {name: text} and what is no flag, or has no value."""
+    """argv -> {name: text} and what is no flag, has no value, or stands there twice."""
     flags, problems, words = {}, [], list(argv)
     while words:
         word = words.pop(0)
-        name, has_value, value = word[2:].replace("-", "_").partition("=") if "=" not in word else (word[2:].split("=", 1)[0].replace("-", "_"), "=", word.split("=", 1)[1])
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
         if not word.startswith("--"):
             problems.append(f"{word}: expected a flag, like --seed 3")
-        elif has_value:
-            flags[name] = value
-        elif words and not words[0].startswith("--"):
-            flags[name] = words.pop(0)
-        else:
+        elif not equals and (not words or words[0].startswith("--")):
             problems.append(f"--{name}: needs a value")
+        else:
+            value = value if equals else words.pop(0)
+            if name in flags:
+                problems.append(f"--{name}: given twice, as {flags[name]} and as {value}")
+            flags[name] = value
     return flags, problems
 
 
@@ -275,7 +278,7 @@ def check_config(config):
 def run_folder(config):
     """out/<recipe>, and the flags that differ from the recipe, so that two runs never share a folder by accident."""
     plain = dataclasses.asdict(Config(**RECIPES[config.recipe], recipe=config.recipe))
-    differs = [f"{name}{value}" for name, value in dataclasses.asdict(config).items() if value != plain[name] and name not in ("out", "resume")]
+    differs = [f"{name}{value}" for name, value in dataclasses.asdict(config).items() if value != plain[name] and name not in FREE]
     return "out/" + "-".join([config.recipe] + [word.replace("/", "_").replace(",", "+") for word in differs])
 
 
@@ -288,9 +291,8 @@ def save_config(config, folder, stage):
     others = tuple(f"{word}_" for word in (*STAGES, "eval") if word != stage)
     if path.exists():
         before = json.loads(path.read_text())["settings"]
-        free = ("out", "resume", "device", "micro_tokens", "rollout_rows", "logprob_chunk", "checkpointing")
         changed = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in mine.items()
-                   if before.get(name) != value and name not in free and not name.startswith(others)]
+                   if before.get(name) != value and name not in FREE and not name.startswith(others)]
         if changed:
             raise ConfigError(f"{folder} holds a {stage} run with other settings ({'; '.join(changed)}); choose another --out, or delete that folder")
         return

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +167,8 @@ def _record(row, kind, folder, where):
     """One row -> (Record or None, its problems)."""
     problems = []
     if "problem" in row:  # released layout: <image> tags open the problem text; the reward never reads `answer`
-        row = {"id": str(row.get("id", where)), "images": row.get("images", []), "question": row["problem"], "meta": row.get("meta", {})}
+        named = {"id": str(row.get("id", where)), "question": row["problem"], "images": row.get("images", [])}
+        row = {name: value for name, value in row.items() if name not in ("problem", "answer")} | named
         if isinstance(row["question"], str) and isinstance(row["images"], list):
             if row["question"].count(IMAGE_TAG) != len(row["images"]):
                 problems.append(f"{where}: problem: {row['question'].count(IMAGE_TAG)} {IMAGE_TAG} tags for {len(row['images'])} images")
@@ -329,6 +330,18 @@ def record_prompt(record, mode, processor):
     return encode_prompt(protocol.system_prompt(mode, shown_plan(record, mode)), record.question, images, processor)
 
 
+def limit_that_fits(sizes, room, processor):
+    """The flags under which images of these (width, height) take at most `room` tokens together, or None: no limit does, or there is no image."""
+    unit = processor.image_processor.patch_size * processor.image_processor.merge_size
+    for tokens in range(room // len(sizes) if sizes else 0, 0, -1):
+        limit = tokens * unit**2
+        smaller = limit < processor.min_pixels
+        tried = replace(processor, min_pixels=unit**2 if smaller else processor.min_pixels, max_pixels=limit)
+        if sum(pads(image_grid(*size, tried), tried) for size in sizes) <= room:  # a very long image takes more than its limit
+            return (f"--min_pixels {unit**2} " if smaller else "") + f"--max_pixels {limit}"
+    return None
+
+
 def check_lengths(records, modes, processor, max_prompt, max_response):
     """Count the tokens of every record before training.
 
@@ -337,21 +350,20 @@ def check_lengths(records, modes, processor, max_prompt, max_response):
     """
     problems, longest, image_tokens = [], 0, []
     for record in records:
-        counts = []
+        sizes = []
         for path in record.images:
             with PIL.Image.open(path) as image:
-                counts.append(pads(image_grid(image.width, image.height, processor), processor))
+                sizes.append(image.size)
+        counts = [pads(image_grid(*size, processor), processor) for size in sizes]
         image_tokens += counts
         for mode in modes:
             segments = render_prompt(protocol.system_prompt(mode, shown_plan(record, mode)), record.question, [])
             length = len(encode_segments(segments, processor)) + sum(counts) + 2 * len(counts)
             longest = max(longest, length)
             if length > max_prompt:
-                room = max_prompt - (length - sum(counts))
-                unit = processor.image_processor.patch_size * processor.image_processor.merge_size
-                fits = f"; --max_pixels {room // len(counts) * unit**2} would fit it" if counts and room >= len(counts) else ""
-                problems.append(f"{record.where}: id {record.id}: {length} prompt tokens ({sum(counts)} of them image) under the {mode} prompt, "
-                                f"over --max_prompt {max_prompt}{fits}")
+                fits = limit_that_fits(sizes, max_prompt - (length - sum(counts)), processor)
+                problems.append(f"{record.where}: id {record.id}: {length} prompt tokens ({sum(counts)} of them image) under the {mode} "
+                                f"prompt, over --max_prompt {max_prompt}" + (f"; {fits} would fit it" if fits else ""))
         for name in ("response", "chosen", "rejected"):
             if name in record.texts:
                 length = len(encode_response(record.texts[name], processor))

@@ -111,10 +111,10 @@ def open_run(config, stage, records):
     modes = getattr(config, f"{stage}_prompts").split(",")
     processor = data.load_processor(base_folder(config), config.min_pixels, config.max_pixels)
     longest, mean_image, max_image = data.check_lengths(records, modes, processor, config.max_prompt, config.max_response)
+    model, processor = load_policy(config, before, device)
     if rank == 0:
         save_config(config, folder, stage)
         print(f"{stage}: {len(records)} records, longest prompt {longest} tokens, image tokens mean {mean_image:.0f} max {max_image}, {device}, {world} rank(s)")
-    model, processor = load_policy(config, before, device)
     modeling.attach_lora(model, config.lora_r, config.lora_alpha, config.seed)
     parameters = modeling.lora_parameters(model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -303,7 +303,7 @@ def steps_of(run, steps):
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < steps:
             save_checkpoint(run, step + 1)
     if run.rank == 0:
-        modeling.save_adapter(run.model, run.folder / "adapter.safetensors", {"stage": run.stage, "steps": str(steps)})
+        modeling.save_adapter(run.model, run.folder / "adapter.safetensors", {"stage": run.stage, "steps": steps})
         (run.folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
@@ -488,7 +488,7 @@ def update_policy(run, rollouts, features, on_policy, first):
     kept = [[k for k, reward in enumerate(item.rewards) if reward is not None] for item in rollouts]  # a sample without a score trains nothing
     kept = [(item, ks) for item, ks in zip(rollouts, kept) if ks]
     groups = [(item.prompt, [item.samples[k].tokens for k in ks]) for item, ks in kept]
-    counts = losses.denominators([len(response) for _, responses in groups for response in responses], config.max_response)
+    counts = losses.denominators([len(response) for _, responses in groups for response in responses])
     denominator = total(run, counts[config.loss_mean])
     for rows in modeling.micro_batches(groups, config.micro_tokens):
         micro = [groups[row] for row in rows]
@@ -500,10 +500,10 @@ def update_policy(run, rollouts, features, on_policy, first):
                 ref, _ = token_logprobs(run, micro, features, config.temperature)
         logprobs, mask, entropy = token_logprobs(run, micro, features, config.temperature, entropy=True)
         loss, sums = losses.grpo_loss(logprobs, old, ref, advantages, mask, config.clip_low, config.clip_high, config.dual_clip or None, config.kl_coef,
-                                      config.loss_mean, denominator)
+                                      config.loss_mean, denominator, config.max_response)
         loss.backward()
         tokens = sums.pop("tokens")
-        add(run, loss=(loss.item() * denominator, losses.denominators(mask.sum(1).tolist(), config.max_response)[config.loss_mean]), entropy=(entropy.sum(), tokens),
+        add(run, loss=(loss.item() * denominator, losses.denominators(mask.sum(1).tolist())[config.loss_mean]), entropy=(entropy.sum(), tokens),
             **{name.removesuffix("_sum").replace("_count", "_share"): (value, tokens) for name, value in sums.items()})
         if on_policy:  # sampler and trainer are one function: what is left is rounding
             difference = (logprobs.detach() - old).abs()

@@ -234,7 +234,7 @@ class Shapes(TorchDispatchMode):
 
 
 def test_no_tensor_is_larger_than_the_chunk():
-    """Guards logits of whole sequences: no tensor, forward or backward, has a vocabulary of more than chunk rows, and none waits for backward."""
+    """Guards logits of whole sequences: no tensor, forward or backward, has more than chunk rows of them, and none waits for backward."""
     model = with_lora(tiny_model())
     groups = [(prompt(1), [words(60, 1), words(60, 2)])]
     kept = []
