@@ -80,19 +80,19 @@ class Config:
     """gradient norm above which it is scaled down. Paper: 1.0 (TK)"""
 
     # ---- SFT
-    sft_lr: float = 4e-3
+    sft_lr: float = 5e-3
     """Paper: 1e-5 (CN)"""
-    sft_epochs: float = 4.0
+    sft_epochs: float = 3.0
     """passes over the data. Ours"""
     sft_steps: int = 0
     """optimiser steps, 0 = from sft_epochs"""
-    sft_batch: int = 32
+    sft_batch: int = 16
     """records per optimiser step, over all ranks. Ours"""
     sft_schedule: str = "cosine"
     """cosine or constant. Ours"""
     sft_warmup: float = 0.1
     """share of the steps over which the learning rate rises from 0. Ours"""
-    sft_prompts: str = "generic,planned"
+    sft_prompts: str = "generic,generic,planned"
     """prompt modes that a record takes turns in: planned, toolkit, generic. Ours: the evaluation prompt names no tool, so tool use must be internalised"""
 
     # ---- DPO
@@ -108,9 +108,9 @@ class Config:
     """cosine or constant. Ours"""
     dpo_warmup: float = 0.1
     """share of the steps with a rising learning rate. Ours"""
-    dpo_prompts: str = "generic,planned"
+    dpo_prompts: str = "generic,generic,planned"
     """prompt modes, see sft_prompts"""
-    dpo_beta: float = 0.1
+    dpo_beta: float = 0.3
     """strength of the pull to the reference. Ours (DPO's own default); the paper's was not found"""
     dpo_label_smoothing: float = 0.0
     """assumed share of pairs labelled the wrong way round. Ours"""
@@ -120,15 +120,15 @@ class Config:
     # ---- GRPO
     grpo_lr: float = 1e-3
     """Paper: 1e-6 (TK)"""
-    grpo_epochs: float = 2.0
+    grpo_epochs: float = 1.0
     """passes over the prompts. Paper: 2 (TK)"""
     grpo_steps: int = 0
     """rollout steps, 0 = from grpo_epochs"""
-    grpo_schedule: str = "constant"
+    grpo_schedule: str = "cosine"
     """cosine or constant. Paper: constant (TK)"""
-    grpo_warmup: float = 0.0
+    grpo_warmup: float = 0.05
     """share of the steps with a rising learning rate. Paper: none (TK)"""
-    grpo_prompts: str = "generic,planned"
+    grpo_prompts: str = "generic,generic,planned"
     """prompt modes, see sft_prompts. Paper: its own template, which is our toolkit mode (TK)"""
     grpo_batch: int = 16
     """prompts per rollout, over all ranks. Paper: 256 (TK)"""
@@ -169,8 +169,11 @@ class Config:
 # LoRA at ten times the paper's learning rates: adapters commonly want more than full fine-tuning does. Ours, not measured at these sizes.
 REAL = dict(
     dtype="bfloat16", checkpointing=True, min_pixels=262_144, max_pixels=1_048_576, max_prompt=4096, max_response=2048, lora_r=64, lora_alpha=128.0,
-    micro_tokens=16_384, weight_decay=0.01, sft_lr=1e-4, sft_epochs=2.0, dpo_lr=5e-6, dpo_batch=32, grpo_lr=1e-5, grpo_batch=256, grpo_update_batch=32,
-    grpo_k=4, grpo_prompts="toolkit", judge="endpoint", rollout_rows=64,
+    micro_tokens=16_384, logprob_chunk=256, weight_decay=0.01,
+    sft_lr=1e-4, sft_epochs=2.0, sft_batch=32, sft_prompts="generic,planned",
+    dpo_lr=5e-6, dpo_batch=32, dpo_beta=0.1, dpo_prompts="generic,planned",
+    grpo_lr=1e-5, grpo_epochs=2.0, grpo_schedule="constant", grpo_warmup=0.0, grpo_batch=256, grpo_update_batch=32, grpo_k=4, grpo_prompts="toolkit",
+    judge="endpoint", rollout_rows=64,
 )
 RECIPES = {
     "tiny": {},
