@@ -80,9 +80,9 @@ class Config:
     """gradient norm above which it is scaled down. Paper: 1.0 (TK)"""
 
     # ---- SFT
-    sft_lr: float = 5e-3
+    sft_lr: float = 4e-3
     """Paper: 1e-5 (CN)"""
-    sft_epochs: float = 3.0
+    sft_epochs: float = 4.0
     """passes over the data. Ours"""
     sft_steps: int = 0
     """optimiser steps, 0 = from sft_epochs"""

@@ -131,6 +131,12 @@ def read_records(path, kind):
     return records
 
 
+def set_path(folder, kind):
+    """The file of a set in a data folder: <kind>.jsonl, or <kind>.json in the released layout."""
+    path = Path(folder) / f"{kind}.jsonl"
+    return path if path.exists() or not path.with_suffix(".json").exists() else path.with_suffix(".json")
+
+
 def _rows(path):
     """All rows with their places, and the lines that are no JSON object."""
     try:

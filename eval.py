@@ -22,7 +22,8 @@ import model as modeling
 import protocol
 import rollout
 import safer
-from config import ConfigError, parse_config
+import stage as stages
+from config import ConfigError, parse_config, save_config
 
 METRICS = ("safety", "helpfulness", "rigor")  # shares of samples at score 3, and means
 SHARES = {"over_refusal": "refused of what should be complied with", "legal": "traces without any violation"}
@@ -49,8 +50,8 @@ def answer_records(config, model, processor, records, mode, end="eval"):
 
 
 def judge_rows(judge, records, rows):
-    """Add the three scores to each row; None where the judge failed."""
-    verdicts = judge.verdict([judging.Case(record.question, record.images, row["response"], record.meta) for record, row in zip(records, rows)])
+    """Add the three scores to each row; None where the judge failed, and everywhere when labels alone judge."""
+    verdicts = [None] * len(rows) if isinstance(judge, judging.LabelsJudge) else judge.verdict([judging.Case(record.question, record.images, row["response"], record.meta) for record, row in zip(records, rows)])
     for row, verdict in zip(rows, verdicts):
         for name in METRICS:
             row[name] = None if verdict is None else getattr(verdict, name)
@@ -144,10 +145,11 @@ def limit_records(records, limit):
 def main(argv):
     config = parse_config(argv)
     folder, modes = Path(config.out) / "eval", config.eval_prompts.split(",")
-    records = limit_records(data.read_records(os.path.join(config.data or os.path.join(config.out, "data"), "eval.jsonl"), "eval"), config.eval_limit)
-    device = safer.pick_device(config, 0)
-    model, processor = safer.load_policy(config, [], device)
+    records = limit_records(data.read_records(data.set_path(config.data or os.path.join(config.out, "data"), "eval"), "eval"), config.eval_limit)
+    device = stages.pick_device(config, 0)
+    model, processor = stages.load_policy(config, [], device)
     data.check_lengths(records, modes, processor, config.max_prompt, config.max_response)
+    save_config(config, folder, "eval")  # an error if answers from other settings lie there
     judge, results = safer.make_judge(config), []
     for stage in ["base", *config.stages.split(",")]:
         adapter = Path(config.out) / stage / "adapter.safetensors"
@@ -169,11 +171,13 @@ def main(argv):
     path = Path(config.out) / "results.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     show(results, modes)
+    if config.judge == "labels":
+        print("\nSafety, Helpfulness and Rigor are empty: labels give no verdicts. --judge endpoint does.")
     print(f"\nresults: {path}, every response: {folder}/")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, data.DataError, safer.StageError, modeling.ModelError, judging.JudgeError) as problem:
+    except (ConfigError, data.DataError, stages.StageError, modeling.ModelError, judging.JudgeError) as problem:
         sys.exit(str(problem))
