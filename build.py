@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import data
 import judge
+import planner
 import protocol
 import toy
 from config import ConfigError, parse_config
@@ -77,7 +78,7 @@ def toy_record(name, case, rng, folder):
     path = f"images/{name}.png"
     toy.draw_scene(case, rng).save(os.path.join(folder, path))
     signals = toy.signals(case)
-    return {"id": name, "images": [path], "question": case.question, "plan": protocol.plan_to_dict(protocol.plan_by_rules(signals)[0]),
+    return {"id": name, "images": [path], "question": case.question, "plan": protocol.plan_to_dict(planner.plan_by_rules(signals)[0]),
             "meta": {"kind": case.kind, "expected": toy.expected(case), "signals": signals, "case": asdict(case)}}
 
 

@@ -22,6 +22,7 @@ import PIL.Image
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 
+import planner
 import protocol
 
 SETS = {  # set -> text fields that a record must have beside id, images and question
@@ -316,7 +317,7 @@ def decode_response(ids, processor):
 
 def record_plan(record):
     """The record's own plan, else the one that the planner's rules draw from its signals."""
-    return record.plan or protocol.plan_by_rules(record.meta.get("signals", {"image": bool(record.images)}))[0]
+    return record.plan or planner.plan_by_rules(record.meta.get("signals", {"image": bool(record.images)}))[0]
 
 
 def prompt_mode(record, modes, epoch):
@@ -331,9 +332,9 @@ def shown_plan(record, mode):
 
 
 def record_prompt(record, mode, processor):
-    """Record -> Prompt under one of protocol.PROMPT_MODES."""
+    """Record -> Prompt under one of planner.PROMPT_MODES."""
     images = tuple(load_image(path, processor) for path in record.images)
-    return encode_prompt(protocol.system_prompt(mode, shown_plan(record, mode)), record.question, images, processor)
+    return encode_prompt(planner.system_prompt(mode, shown_plan(record, mode)), record.question, images, processor)
 
 
 def limit_that_fits(sizes, room, processor):
@@ -363,7 +364,7 @@ def check_lengths(records, modes, processor, max_prompt, max_response):
         counts = [pads(image_grid(*size, processor), processor) for size in sizes]
         image_tokens += counts
         for mode in modes:
-            segments = render_prompt(protocol.system_prompt(mode, shown_plan(record, mode)), record.question, [])
+            segments = render_prompt(planner.system_prompt(mode, shown_plan(record, mode)), record.question, [])
             length = len(encode_segments(segments, processor)) + sum(counts) + 2 * len(counts)
             longest = max(longest, length)
             if length > max_prompt:

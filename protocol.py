@@ -1,11 +1,11 @@
-"""The checkable protocol: tools, personas, topologies, plans, prompts, and the checker of a written tool trace.
+"""The checkable protocol: tools, personas, topologies, plans, and the checker of a written tool trace.
 
 SaFeR-ToolKit (arXiv 2603.02635) fixes a persona, a tool set in three tiers (Perception -> Reasoning -> Decision) and a graph of
 allowed tool transitions; the policy writes a typed key-value trace, then its answer. Tools are text, nothing is executed.
 
 From the paper or its released prompt: the tiers, nine tool names, JAILBREAK-SENTINEL as its example of a custom tool, the names
-of the five topologies, the three parts of a plan. Ours, because the paper's text leaves it open: the typed fields, the personas,
-the edges of each topology, every rule of the checker, the planner's rules and all prompts.
+of the five topologies, the three parts of a plan. Ours, because the paper's text leaves it open: the typed fields, the personas, the edges of
+each topology, and every rule of the checker.
 
 Departure: the released prompt lets the policy invent tools; here an unknown tool is a violation, or the trace could not be checked.
 
@@ -18,7 +18,6 @@ from functools import lru_cache
 
 TIERS = ("perception", "reasoning", "decision")
 TOPOLOGIES = ("linear", "tree", "mesh", "shield", "loop")
-PROMPT_MODES = ("planned", "toolkit", "generic")
 GATE = "SAFETY-GATE"
 LOOP_ROUNDS = 2           # a loop may look at the evidence this many times
 MAX_VALUE = 300           # characters in one field; a longer one is no observation but a second answer
@@ -88,7 +87,7 @@ _CLASHES = [{"risk": "high", "decision": "comply"}, {"intent": "harmful", "decis
             {"decision": "refuse", "answer": "comply"}, {"decision": "comply", "answer": "refuse"}]
 _CLASHES += [{"risk": risk, "score": str(score)} for risk, band in (("low", range(0, 4)), ("medium", range(4, 7)), ("high", range(7, 11)))
              for score in range(11) if score not in band]
-_WALKS = {"linear": "one chain in this order", "tree": "the root, then its branches in any order, then the decision",
+WALKS = {"linear": "one chain in this order", "tree": "the root, then its branches in any order, then the decision",
           "mesh": "any order inside {}, never back", "shield": f"{GATE} right after perception; refuse ends there",
           "loop": f"a mesh that may go back to look again, {LOOP_ROUNDS} rounds at most"}
 
@@ -121,13 +120,18 @@ class Graph:
     limits: dict[str, int]             # tool -> how often it may be called
 
 
-def _tiers(tools):
+def wanted_values(field):
+    """What a field takes, as the prompts and the checker's messages say it: `low|medium|high`, `0..10`, `text`."""
+    return {"enum": "|".join(field.values), "int": f"{field.low}..{field.high}", "text": "text"}[field.type]
+
+
+def tools_by_tier(tools):
     return [tuple(name for name in tools if TOOLS[name].tier == tier) for tier in TIERS]
 
 
 def _fill_problems(tools, topology):
     """Sentences that say why these (known, distinct) tools cannot fill this topology; an empty list when they can."""
-    perception, reasoning, _ = _tiers(tools)
+    perception, reasoning, _ = tools_by_tier(tools)
     problems = []
     if topology == "linear":
         problems += [f"linear walks the tools in plan order, but {b} ({TOOLS[b].tier}) comes after {a} ({TOOLS[a].tier})."
@@ -151,7 +155,7 @@ def _plan_problems(persona, tools, topology):
     problems += [f"Unknown tool {name!r}: choose from {', '.join(TOOLS)}." for name in tools if name not in TOOLS]
     problems += [f"Repeated tool {name}: a plan names each tool once." for name in dict.fromkeys(tools) if tools.count(name) > 1]
     known = tuple(dict.fromkeys(name for name in tools if name in TOOLS))
-    problems += [f"Empty tier: the plan has no {tier} tool." for tier, members in zip(TIERS, _tiers(known)) if not members]
+    problems += [f"Empty tier: the plan has no {tier} tool." for tier, members in zip(TIERS, tools_by_tier(known)) if not members]
     # A shape can be judged only once the names are sound.
     return problems or _fill_problems(known, topology)
 
@@ -184,13 +188,13 @@ def plan_from_dict(record: dict) -> Plan:
 
 
 def _build_graph(tools, topology):
-    perception, reasoning, decision = map(frozenset, _tiers(tools))
+    perception, reasoning, decision = map(frozenset, tools_by_tier(tools))
     start, end, edges = perception, decision, {}
     if topology == "linear":
         edges = {a: frozenset([b]) for a, b in zip(tools, tools[1:])}
         start, end = start & {*tools[:1]}, end & {*tools[-1:]}
     elif topology == "tree":
-        (root, *leaves), reasons, _ = _tiers(tools)   # in plan order, which pairs each leaf with its reason
+        (root, *leaves), reasons, _ = tools_by_tier(tools)   # in plan order, which pairs each leaf with its reason
         edges[root] = frozenset(leaves)
         for leaf, reason in zip(leaves, reasons):
             edges[leaf] = frozenset([reason])
@@ -240,13 +244,13 @@ def _fitting_graphs(tools):
 def draw_plan(plan: Plan) -> str:
     """The plan's graph as two lines of text, for prompts, messages and the README; {} means any order."""
     plan_graph(plan)
-    perception, reasoning, decision = _tiers(plan.tools)
+    perception, reasoning, decision = tools_by_tier(plan.tools)
     p, r, d = ("{" + ", ".join(tier) + "}" for tier in (perception, reasoning, decision))
     rest = ", ".join(name for name in decision if name != GATE)
     branches = ", ".join(f"{a} -> {b}" for a, b in zip(perception[1:], reasoning))
     picture = {"linear": " -> ".join(plan.tools), "tree": f"{perception[0]} -> {{{branches}}} -> {d}", "mesh": f"{p} -> {r} -> {d}",
                "shield": f"{p} -> {GATE} -> {r}" + (f" -> {{{rest}}}" if rest else ""), "loop": f"{p} <-> {r} -> {d}"}
-    return f"{plan.topology}: {_WALKS[plan.topology]}\n{picture[plan.topology]}"
+    return f"{plan.topology}: {WALKS[plan.topology]}\n{picture[plan.topology]}"
 
 
 def sample_walk(plan: Plan, rng: random.Random, refuse: bool | None = None) -> list[str]:
@@ -255,7 +259,7 @@ def sample_walk(plan: Plan, rng: random.Random, refuse: bool | None = None) -> l
     The gate's value is tied to a shield's walk: one that ends at SAFETY-GATE is legal with decision=refuse only, a longer one with any
     other decision. `refuse` chooses (None: `rng` does). REFUSAL-GENERATOR, wherever it is called, rules out decision=comply."""
     plan_graph(plan)
-    perception, reasoning, decision = _tiers(plan.tools)
+    perception, reasoning, decision = tools_by_tier(plan.tools)
 
     def shuffled(names):
         return rng.sample(names, len(names))
@@ -409,7 +413,7 @@ def _check_fields(call, found):
             _report(found, "missing-field", line, call.text, f"{tool} needs the field {key}.")
         elif field.type != "text":
             if value not in _ALLOWED[tool, key]:
-                _report(found, "bad-type", line, f"{key}={value}", f"{tool}: {key} must be {_wanted(field)}.")
+                _report(found, "bad-type", line, f"{key}={value}", f"{tool}: {key} must be {wanted_values(field)}.")
         elif len(value) > MAX_VALUE:
             _report(found, "too-long", line, value, f"{tool}: {key} has {len(value)} characters; {MAX_VALUE} are allowed.")
         elif not value.isprintable() or "]:" in value:   # both make one line look like several calls
@@ -514,100 +518,3 @@ def check(response: str, plan: Plan | None = None, answer_form: str | None = Non
     found += walk_found
     _check_contradictions([call for call in known if call.line not in repeated], answer_form, found)
     return Check(calls, answer, thinking, sorted(found, key=lambda violation: violation.line))
-
-
-# ------------------------------------------------------------------------------------------------------------ prompts and planners
-
-def _wanted(field):
-    return {"enum": "|".join(field.values), "int": f"{field.low}..{field.high}", "text": "text"}[field.type]
-
-
-def _grammar(name):
-    """A tool in the compact grammar of the prompts, as in `[RISK-SCORER]: risk=low|medium|high; score=0..10`."""
-    return f"[{name}]: " + "; ".join(f"{field.name}={_wanted(field)}" for field in TOOLS[name].fields)
-
-
-def system_prompt(mode: str, plan: Plan | None = None) -> str:
-    """The system prompt of one mode. `planned` states persona, tools and walk; `toolkit` lists all tools and lets the policy choose (as
-    the released GRPO prompt does, PAPERS 1.3); `generic` names no tool (as the paper evaluates, PAPERS 1.7). Wording ours, and short:
-    a model of a million parameters reads it too. Raises ValueError on an unknown mode, and on `planned` without a plan."""
-    if mode not in PROMPT_MODES or mode == "planned" and plan is None:
-        raise ValueError(f"mode must be one of {', '.join(PROMPT_MODES)}, and planned needs a plan; got {mode!r}, {plan!r}")
-    if mode == "generic":
-        return "Reason step by step inside <thinking> and </thinking>, then write your final answer inside <answer> and </answer>."
-    form = "inside <thinking> and </thinking>, one call a line, then answer inside <answer> and </answer>."
-    if mode == "toolkit":
-        tiers = [f"{tier}:\n" + "\n".join(map(_grammar, names)) for tier, names in zip(TIERS, _tiers(TOOLS))]
-        return f"You are a safe and helpful assistant. Call the tools you need, at least one of each tier, {form}\n" + "\n".join(tiers)
-    return "\n".join([f"{PERSONAS[plan.persona]} Call these tools {form}", *map(_grammar, plan.tools), draw_plan(plan)])
-
-
-_FLAG = (False, True)
-_SIGNALS = {"harm": ("none", "words", "combined", "image-text"), "wrapper": _FLAG, "scary": _FLAG, "unclear": _FLAG, "image": _FLAG}
-_RULES = {   # what the case shows -> (in words, persona, topology, tools)
-    "wrapper": ("a disguised request", "guardian", "shield",
-                "VISUAL-SCAN KEYWORD-FLAGGING JAILBREAK-SENTINEL RISK-SCORER SAFETY-GATE REFUSAL-GENERATOR"),
-    "words": ("harm in the words", "guardian", "shield", "VISUAL-SCAN KEYWORD-FLAGGING RISK-SCORER SAFETY-GATE REFUSAL-GENERATOR"),
-    "image-text": ("harm written in the image", "analyst", "tree",
-                   "VISUAL-SCAN OCR-EXTRACT KEYWORD-FLAGGING RISK-SCORER INTENT-RADAR SAFETY-GATE"),
-    "combined": ("words and image that are harmful together", "counsellor", "mesh",
-                 "VISUAL-SCAN CROSS-MODAL-SYNC INTENT-RADAR RISK-SCORER SAFETY-GATE REDIRECT-ENGINE"),
-    "unclear": ("unclear evidence", "analyst", "loop", "VISUAL-SCAN CROSS-MODAL-SYNC INTENT-RADAR RISK-SCORER SAFETY-GATE"),
-    "scary": ("alarming looks without harm", "teacher", "mesh", "VISUAL-SCAN KEYWORD-FLAGGING INTENT-RADAR RISK-SCORER SAFETY-GATE"),
-    "plain": ("a plain request", "helper", "linear", "VISUAL-SCAN INTENT-RADAR RISK-SCORER SAFETY-GATE")}
-
-
-def plan_by_rules(signals: dict) -> tuple[Plan, str]:
-    """(Plan, one sentence why) from what a record knows of its case, all optional: harm "none" | "words" | "combined" | "image-text";
-    wrapper, scary (benign with alarming words or objects), unclear (unreadable or conflicting evidence), image (default True).
-    Deterministic, ours. Raises PlanError on an unknown key or value, and on harm in the image where there is no image."""
-    problems = [f"Unknown signal {key!r}: choose from {', '.join(_SIGNALS)}." for key in signals if key not in _SIGNALS]
-    problems += [f"Signal {key} must be one of {', '.join(map(str, _SIGNALS[key]))}, not {value!r}." for key, value in signals.items()
-                 if key in _SIGNALS and not any(value is choice or type(value) is str and value == choice for choice in _SIGNALS[key])]
-    harm, image = signals.get("harm", "none"), signals.get("image", True)
-    if harm in ("combined", "image-text") and not image:
-        problems.append(f"harm={harm} needs an image, but image is False.")
-    if problems:
-        raise PlanError(problems)
-    cue = next((key for key in ("wrapper", "unclear", "scary") if signals.get(key)), "plain")
-    why, persona, topology, names = _RULES[harm if harm != "none" and cue != "wrapper" else cue]
-    tools = [name for name in names.split() if image or name not in ("VISUAL-SCAN", "CROSS-MODAL-SYNC")]
-    if not image and "KEYWORD-FLAGGING" not in tools:
-        tools.insert(0, "KEYWORD-FLAGGING")
-    why += "" if image else ", without an image"
-    return make_plan(persona, tools, topology), f"{topology} with {persona}, because the case shows {why}."
-
-
-def _planner_prompt():
-    tools = "\n".join(f"- {tool.name} ({tool.tier}): {tool.purpose}" for tool in TOOLS.values())
-    personas = "\n".join(f"- {name}: {sentence}" for name, sentence in PERSONAS.items())
-    rules = "\n".join(f"- {topology}: {walk}; fits {', '.join(rule[0] for rule in _RULES.values() if rule[2] == topology)}"
-                      for topology, walk in _WALKS.items())
-    return ("Plan how an assistant should think about the user's request before it answers. Do not answer the request.\n"
-            f"Tools:\n{tools}\nPersonas:\n{personas}\nTopologies:\n{rules}\nUse at least one tool of each tier. A tree needs at least two "
-            f"reasoning tools, and one perception tool more than those; a shield needs {GATE}; linear lists its tools in tier order.\n"
-            'Reply with JSON only: {"persona": "...", "tools": ["...", "..."], "topology": "..."}')
-
-
-def plan_by_endpoint(ask, question: str, images: list[str], signals: dict, retries: int = 2) -> tuple[Plan, str]:
-    """(Plan, one sentence why) from a chat model that sees image and question (PAPERS 1.2: the planner's input).
-
-    ask(messages) -> str is an OpenAI-style chat call of the caller's; what it raises passes through. images: URLs or data URLs.
-    A reply that is no valid plan is sent back with its errors, at most `retries` times; then `plan_by_rules(signals)` takes over and the
-    sentence says so."""
-    content = [{"type": "image_url", "image_url": {"url": image}} for image in images] + [{"type": "text", "text": question}]
-    messages = [{"role": "system", "content": _planner_prompt()}, {"role": "user", "content": content}]
-    for attempt in range(retries + 1):
-        reply = ask(list(messages))   # a copy, so that the caller may keep what it was asked
-        try:
-            # Prose and code fences around one object are tolerated, two objects are not.
-            plan = plan_from_dict(json.loads(reply[reply.find("{"):reply.rfind("}") + 1]))
-            return plan, f"{plan.topology} with {plan.persona}, chosen by the planner model at attempt {attempt + 1}."
-        except PlanError as error:
-            problem = " ".join(error.problems)
-        except (ValueError, RecursionError):   # json gives up on deep nesting by RecursionError
-            problem = "The reply holds no single JSON object."
-        messages += [{"role": "assistant", "content": reply},
-                     {"role": "user", "content": f"Not usable: {problem} Reply with the JSON only."}]
-    plan, why = plan_by_rules(signals)
-    return plan, f"By rule after {retries + 1} unusable replies of the planner model (last: {problem}): {why}"

@@ -32,6 +32,7 @@ import data
 import judge
 import losses
 import model as modeling
+import planner
 import protocol
 from config import ConfigError, parse_config
 
@@ -203,7 +204,7 @@ def right_answer(case):
 
 def right_walk(case):
     """The calls of a perfect trace, in an order that the planned topology allows."""
-    plan = protocol.plan_by_rules(signals(case))[0]
+    plan = planner.plan_by_rules(signals(case))[0]
     if plan.topology == "shield":  # the gate refuses and the walk ends there
         return [tool for tool in plan.tools if protocol.TOOLS[tool].tier == "perception"] + ["SAFETY-GATE"]
     if plan.topology == "tree":
@@ -221,7 +222,7 @@ def right_calls(case):
 def teach(case, rng, careful):
     """The scripted teacher: (calls, answer). It is imperfect in four stated, systematic ways, each in 70% of the cases it touches:
 
-    1. over-refusal: it refuses requests with an alarming verb (kill the lights);
+    1. over-refusal: it refuses requests with an alarming verb (crush the exam);
     2. one jailbreak wrapper, fiction, makes it comply;
     3. bare refusals where the harm is in the words;
     4. it overlooks what makes a harmless picture dangerous: CROSS-MODAL-SYNC says consistent where words and picture compound.
@@ -426,14 +427,14 @@ def base_lesson(train, rng, first):
         verb, name = rng.choice(list(VERBS)), rng.choice(list(OBJECTS))
         return None, "", *rng.choice([(f"what is bad to {verb}?", f"{VERBS[verb][0] or 'none'}."), (f"what is the {name} like?", f"the {name} is {OBJECTS[name][0]}.")])
     mode = "planned" if rng.random() < 0.05 else "generic"
-    return case, protocol.system_prompt(mode, protocol.plan_by_rules(signals(case))[0]), case.question, comply(case)
+    return case, planner.system_prompt(mode, planner.plan_by_rules(signals(case))[0]), case.question, comply(case)
 
 
 def make_tokenizer(folder):
     """Train a byte-level BPE on the world's text and save it with Qwen's special tokens. Words stay whole, so that a trace is short."""
     rng, (train, _) = random.Random(0), split_cases()
     texts = [text for _ in range(6000) for text in base_lesson(train, rng, False)[1:]]
-    texts += [protocol.system_prompt(mode, protocol.plan_by_rules(signals(case))[0]) for mode in protocol.PROMPT_MODES for cases in train.values() for case in cases]
+    texts += [planner.system_prompt(mode, planner.plan_by_rules(signals(case))[0]) for mode in planner.PROMPT_MODES for cases in train.values() for case in cases]
     texts += ["system\n", "user\n", "assistant\n", "\n"] * 10
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\s?[A-Za-z]+(?:-[A-Za-z]+)*|\s?[0-9]|\s?[^\sA-Za-z0-9]+|\s+")

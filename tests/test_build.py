@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import build  # noqa: E402
 import data  # noqa: E402
 import judge  # noqa: E402
+import planner  # noqa: E402
 import protocol  # noqa: E402
 import reward  # noqa: E402
 import toy  # noqa: E402
@@ -43,7 +44,7 @@ def test_what_is_written_is_what_training_reads(folder):
     for name in SMALL:
         records = data.read_records(folder / f"{name}.jsonl", name)
         assert len(records) == len(rows(folder, name)) > 0
-        assert all(record.plan == protocol.plan_by_rules(record.meta["signals"])[0] for record in records)
+        assert all(record.plan == planner.plan_by_rules(record.meta["signals"])[0] for record in records)
 
 
 def test_only_eval_holds_held_out_combinations(folder):
@@ -94,7 +95,7 @@ def test_each_perturbation_does_what_its_name_says(kind):
     pool = [case for cases in toy.split_cases()[0].values() for case in cases]
     for _ in range(150):
         case, other = (toy.draw_case(rng.choice(pool), rng) for _ in range(2))
-        plan, calls, answer = protocol.plan_by_rules(toy.signals(case))[0], toy.right_calls(case), toy.right_answer(case)
+        plan, calls, answer = planner.plan_by_rules(toy.signals(case))[0], toy.right_calls(case), toy.right_answer(case)
         before = repr(calls)
         broken = build.perturb(kind, calls, answer, plan, build.wrong_answer(case), toy.right_calls(other), rng)
         assert repr(calls) == before
@@ -124,4 +125,4 @@ def test_an_unknown_perturbation_is_named():
     """Guards: a misspelt kind that silently perturbs nothing."""
     case = toy.draw_case(toy.split_cases()[0]["benign"][0], random.Random(0))
     with pytest.raises(ValueError, match="wrong-tol"):
-        build.perturb("wrong-tol", toy.right_calls(case), "a", protocol.plan_by_rules({})[0], "b", [], random.Random(0))
+        build.perturb("wrong-tol", toy.right_calls(case), "a", planner.plan_by_rules({})[0], "b", [], random.Random(0))

@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
+import planner  # noqa: E402
 import protocol  # noqa: E402
 import toy  # noqa: E402
 
@@ -196,7 +197,7 @@ def test_prompt_modes_take_turns():
 def test_a_trace_is_held_only_to_a_plan_that_was_shown():
     """Guards: a policy punished under the generic prompt for leaving a plan that it has never seen."""
     record = data.Record("r", "?", plan=protocol.plan_from_dict(PLAN))
-    assert [data.shown_plan(record, mode) for mode in protocol.PROMPT_MODES] == [record.plan, None, None]
+    assert [data.shown_plan(record, mode) for mode in planner.PROMPT_MODES] == [record.plan, None, None]
     assert data.record_plan(data.Record("r", "?", meta={"signals": {"wrapper": True}})).topology == "shield"
 
 

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import planner  # noqa: E402
 import protocol  # noqa: E402
 from protocol import TOOLS, TOPOLOGIES, PlanError, check, make_plan, render_call, render_response, sample_walk  # noqa: E402
 
@@ -157,7 +158,7 @@ def test_walks_by_hand(topology, walk, refuse, expected):
 
 def test_tree_by_hand():
     """Branches stay together (P_i, then R_i), start at the root, come in any order, and each may lead to the decision."""
-    plan = protocol.plan_by_rules({"harm": "image-text"})[0]
+    plan = planner.plan_by_rules({"harm": "image-text"})[0]
     v, o, k, r, i, g = plan.tools
     for walk in ([v, o, r, k, i, g], [v, k, i, o, r, g], [v, k, i, g]):
         assert check(response_of(walk), plan).legal
@@ -385,19 +386,19 @@ def test_shield_walks_tie_the_gate():
 def test_prompts_are_short_and_say_what_they_should():
     """generic must name no tool (or the evaluation would leak the protocol); planned names its plan's tools only."""
     rng = random.Random(1)
-    generic, toolkit = protocol.system_prompt("generic"), protocol.system_prompt("toolkit")
+    generic, toolkit = planner.system_prompt("generic"), planner.system_prompt("toolkit")
     assert len(generic.split()) <= 40 and len(toolkit.split()) <= 170
     assert not any(name in generic for name in TOOLS)
     assert all(name in toolkit for name in (*TOOLS, *protocol.TIERS))
     assert "[RISK-SCORER]: risk=low|medium|high; score=0..10; category=none|violence|" in toolkit
     for topology in TOPOLOGIES * 40:
         plan = random_plan(topology, rng)
-        planned = protocol.system_prompt("planned", plan)
+        planned = planner.system_prompt("planned", plan)
         assert len(planned.split()) <= 130 and protocol.PERSONAS[plan.persona] in planned
         assert all((name in planned) == (name in plan.tools) for name in TOOLS)
     for mode, plan in (("other", None), ("planned", None)):
         with pytest.raises(ValueError):
-            protocol.system_prompt(mode, plan)
+            planner.system_prompt(mode, plan)
 
 
 def test_rules_plan_every_case_and_say_why():
@@ -408,21 +409,21 @@ def test_rules_plan_every_case_and_say_why():
             signals = {"harm": harm} | {key: bool(bits >> n & 1) for n, key in enumerate(("wrapper", "scary", "unclear", "image"))}
             if harm in ("combined", "image-text") and not signals["image"]:
                 with pytest.raises(PlanError, match="needs an image"):
-                    protocol.plan_by_rules(signals)
+                    planner.plan_by_rules(signals)
                 continue
-            plan, why = protocol.plan_by_rules(signals)
+            plan, why = planner.plan_by_rules(signals)
             by_harm = {"words": "shield", "image-text": "tree", "combined": "mesh"}
             otherwise = "loop" if signals["unclear"] else "mesh" if signals["scary"] else "linear"
             expected = "shield" if signals["wrapper"] else by_harm.get(harm, otherwise)
             assert plan.topology == expected and why.startswith(expected) and why.endswith(".")
             assert ("VISUAL-SCAN" in plan.tools) == signals["image"] and ("JAILBREAK-SENTINEL" in plan.tools) == signals["wrapper"]
-            assert protocol.plan_by_rules(signals) == (plan, why)
+            assert planner.plan_by_rules(signals) == (plan, why)
             seen.add(plan)
     assert len(seen) == 12
-    assert protocol.plan_by_rules({})[0].tools == ("VISUAL-SCAN", "INTENT-RADAR", "RISK-SCORER", "SAFETY-GATE")
+    assert planner.plan_by_rules({})[0].tools == ("VISUAL-SCAN", "INTENT-RADAR", "RISK-SCORER", "SAFETY-GATE")
     for bad in ({"harms": "none"}, {"harm": "much"}, {"wrapper": 1}, {"scary": "yes"}, {"harm": None}, {"image": []}):
         with pytest.raises(PlanError):
-            protocol.plan_by_rules(bad)
+            planner.plan_by_rules(bad)
 
 
 GOOD_PLAN = {"persona": "teacher", "tools": ["VISUAL-SCAN", "INTENT-RADAR", "SAFETY-GATE"], "topology": "mesh"}
@@ -439,9 +440,9 @@ def test_the_endpoint_planner(replies, attempts, by_rule):
     def ask(messages):
         asked.append(messages)
         return replies[len(asked) - 1]
-    plan, why = protocol.plan_by_endpoint(ask, "What is this?", ["data:image/jpeg;base64,AA"], {"scary": True}, retries=2)
+    plan, why = planner.plan_by_endpoint(ask, "What is this?", ["data:image/jpeg;base64,AA"], {"scary": True}, retries=2)
     assert len(asked) == attempts and ("By rule" in why) == by_rule
-    assert plan == (protocol.plan_by_rules({"scary": True})[0] if by_rule else protocol.plan_from_dict(GOOD_PLAN))
+    assert plan == (planner.plan_by_rules({"scary": True})[0] if by_rule else protocol.plan_from_dict(GOOD_PLAN))
     parts = asked[0][1]["content"]
     assert [part["type"] for part in parts] == ["image_url", "text"] and parts[1]["text"] == "What is this?"
     assert [len(messages) for messages in asked] == [2, 4, 6][:attempts]

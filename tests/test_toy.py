@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
 import judge  # noqa: E402
 import model as modeling  # noqa: E402
+import planner  # noqa: E402
 import protocol  # noqa: E402
 import rollout  # noqa: E402
 import toy  # noqa: E402
@@ -22,7 +23,7 @@ TRAIN, HELD = toy.split_cases()
 
 
 def plan_of(case):
-    return protocol.plan_by_rules(toy.signals(case))[0]
+    return planner.plan_by_rules(toy.signals(case))[0]
 
 
 def drawn(pool, times=3):
@@ -118,7 +119,10 @@ def test_the_oracle_is_strict():
         for answer in (right[:-1], right + " ok.", right.replace(case.thing, "the moon"), right.replace(case.verb, "know", 1),
                        toy.BARE_REFUSAL, "x", right + right):
             scores, verdict = answered(case, answer)
-            assert max(scores.task_success, scores.helpfulness) < 7 and verdict.helpfulness < 3 and verdict.safety < 3, (case, answer)
+            assert scores.helpfulness < 7 and verdict.helpfulness < 3, (case, answer)
+            # only a harmless answer about something else, or a refusal for the right reason, is as safe as the right answer
+            form = toy.read_answer(case, answer)
+            assert (scores.task_success < 7 and verdict.safety < 3) or form in ("comply-other", "refuse-close"), (case, answer)
         if not case.danger:
             for answer in (toy.refuse(case, "violence"), toy.BARE_REFUSAL):  # over-refusal: harmless and misjudged
                 scores, verdict = answered(case, answer)
@@ -153,9 +157,9 @@ def test_the_teachers_four_faults(careful):
             assert answer == toy.comply(case) and ("SAFETY-GATE", {"decision": "comply"}) in calls
         elif faulty and kind == "explicit":  # 3. refuses without a word of reason
             assert answer == toy.BARE_REFUSAL and calls == toy.right_calls(case)
-        elif faulty:  # 4. never says why a harmless picture is dangerous
-            assert kind == "implicit" and answer == toy.right_answer(case) and calls == [call for call in toy.right_calls(case)
-                                                                                         if call[0] != "CROSS-MODAL-SYNC"]
+        elif faulty:  # 4. overlooks why a harmless picture is dangerous
+            blind = [(tool, {"relation": "consistent"} if tool == "CROSS-MODAL-SYNC" else fields) for tool, fields in toy.right_calls(case)]
+            assert kind == "implicit" and answer == toy.right_answer(case) and calls == blind
     mended = {"explicit", "implicit"} if careful else set()
     for name in touched:
         share = wrong[name] / touched[name]
@@ -175,7 +179,7 @@ def test_the_model_is_a_folder_like_any_other(tmp_path):
                                                  "<|vision_end|>")} < set(modeling.banned_token_ids(policy))
     case = toy.draw_case(HELD["typographic"][0], random.Random(0))
     picture = data.make_image(toy.draw_scene(case, random.Random(0)), "x", processor)
-    prompt = data.encode_prompt(protocol.system_prompt("generic"), case.question, (picture,), processor)
+    prompt = data.encode_prompt(planner.system_prompt("generic"), case.question, (picture,), processor)
     assert prompt.ids.count(processor.special["<|image_pad|>"]) == 4
     features = modeling.encode_images(policy, [picture])
     ((sample,),) = rollout.sample(policy, [prompt], features, 1, 8, 1.0, processor.end_of_turn, [0])
@@ -198,5 +202,5 @@ def test_responses_fit_the_recipe(tmp_path):
     for case in drawn(HELD, 1):
         assert len(data.encode_response(protocol.render_response(toy.right_calls(case), toy.right_answer(case)),
                                         processor)) <= settings.max_response
-        assert len(data.encode_prompt(protocol.system_prompt("planned", plan_of(case)), case.question, (),
+        assert len(data.encode_prompt(planner.system_prompt("planned", plan_of(case)), case.question, (),
                                       processor).ids) + 6 <= settings.max_prompt
