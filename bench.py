@@ -14,6 +14,9 @@ import argparse
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
 from unittest import mock
 
 import torch
@@ -32,7 +35,7 @@ EOS = 0  # no response holds it, unless `forced_lengths` ends one with it
 
 @dataclass(frozen=True)
 class Shape:
-    """One model size. 3b and 7b are Qwen2.5-VL's published shapes; the others are ours, with a vision tower that is small on purpose."""
+    """One model size. 3b and 7b are Qwen2.5-VL's; the others are ours, with a small vision tower (the plain side runs it K times)."""
 
     hidden: int
     layers: int
@@ -70,7 +73,7 @@ def build_model(shape, device, r=16, alpha=32):
     """Random Qwen2.5-VL with a LoRA whose B is not zero (else A would have no gradient to compare). bfloat16 on CUDA, else float32."""
     eighth = shape.hidden // shape.heads // 16
     text = dict(vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+                num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, bos_token_id=None, eos_token_id=None,
                 rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth]})
     depth, hidden, heads, inner = shape.vision
     vision = dict(depth=depth, hidden_size=hidden, num_heads=heads, intermediate_size=inner, out_hidden_size=shape.hidden,
@@ -78,9 +81,9 @@ def build_model(shape, device, r=16, alpha=32):
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, image_token_id=shape.vocab - 4,
                               video_token_id=shape.vocab - 3, vision_start_token_id=shape.vocab - 2, vision_end_token_id=shape.vocab - 1)
     torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-                                                        attn_implementation="sdpa").eval()
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     modeling.attach_lora(model, r, alpha, seed=0)
     for name, parameter in modeling.lora_parameters(model).items():
         if name.endswith(".B"):
@@ -108,7 +111,8 @@ def make_groups(model, count, k, prompt, shortest, longest, seed=0):
     """`count` groups: a prompt and k responses of lengths drawn from shortest..longest."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count, k), generator=generator).tolist()
-    return [(make_prompt(model, prompt, seed + g), [make_response(model, length, generator) for length in row]) for g, row in enumerate(lengths)]
+    return [(make_prompt(model, prompt, seed + g), [make_response(model, length, generator) for length in row])
+            for g, row in enumerate(lengths)]
 
 
 # ---- the two sides of training ------------------------------------------------------------------------------------------
@@ -122,11 +126,13 @@ def ours(model, groups):
 
 def plain_inputs(model, rows):
     """Keyword arguments of transformers' forward for (Prompt, response) rows: ids right-padded to (S, L), images once per row."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor([*prompt.ids, *response]) for prompt, response in rows], batch_first=True, padding_value=EOS)
-    lengths = torch.tensor([len(prompt.ids) + len(response) for prompt, response in rows])
+    sequences = [torch.tensor([*prompt.ids, *response]) for prompt, response in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=EOS)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
     images = [image for prompt, _ in rows for image in prompt.images]
     inputs = dict(input_ids=ids, attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-                  mm_token_type_ids=(ids == model.config.image_token_id).int(), pixel_values=torch.cat([image.patches for image in images]).to(model.dtype),
+                  mm_token_type_ids=(ids == model.config.image_token_id).int(),
+                  pixel_values=torch.cat([image.patches for image in images]).to(model.dtype),
                   image_grid_thw=torch.tensor([image.grid for image in images]))
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
@@ -144,7 +150,8 @@ def plain(model, groups, response_logits=False):
     banned = torch.tensor(modeling.banned_token_ids(model), device=model.device)
 
     def logprobs():
-        logits = model(**inputs, use_cache=False, logits_to_keep=width + 1 if response_logits else 0).logits[:, -width - 1:-1]  # (S, T, V)
+        logits = model(**inputs, use_cache=False, logits_to_keep=width + 1 if response_logits else 0).logits  # (S, L or T + 1, V)
+        logits = logits[:, -width - 1:-1]  # (S, T, V)
         picked = modeling.log_softmax_banned(logits, banned, 1.0).gather(2, targets[..., None]).squeeze(2)
         return torch.where(mask, picked, 0.0), mask
 
@@ -155,7 +162,8 @@ def grpo_objective(model, logprobs_of):
     """Log-probabilities and the clipped loss on policy, without KL."""
     logprobs, mask = logprobs_of()
     advantages = torch.linspace(-1, 2, len(mask), device=mask.device)
-    return logprobs, losses.grpo_loss(logprobs, logprobs.detach(), None, advantages, mask, 0.2, 0.28, None, 0.0, "token", mask.sum())[0]
+    loss, _ = losses.grpo_loss(logprobs, logprobs.detach(), None, advantages, mask, 0.2, 0.28, None, 0.0, "token", mask.sum())
+    return logprobs, loss
 
 
 def dpo_objective(model, logprobs_of):
@@ -173,17 +181,22 @@ def sft_objective(model, logprobs_of):
     return logprobs, losses.sft_loss(logprobs, mask, mask.sum())
 
 
+def still_optimiser(model):
+    """AdamW at learning rate 0: it does all its work and leaves the weights as they are, so that all sides stay comparable."""
+    return torch.optim.AdamW(modeling.lora_parameters(model).values(), lr=0.0)
+
+
 def train_step(model, optimiser, objective, side):
     """One whole step. `side` makes the function of the log-probabilities. Returns log-probabilities, loss and the LoRA's gradients."""
     optimiser.zero_grad(set_to_none=True)
     logprobs, loss = objective(model, side())
     loss.backward()
     optimiser.step()
-    return logprobs.detach(), loss.item(), {name: parameter.grad.clone() for name, parameter in modeling.lora_parameters(model).items()}
+    return logprobs.detach(), loss.item(), {name: parameter.grad for name, parameter in modeling.lora_parameters(model).items()}
 
 
 def differences(left, right):
-    """Largest difference of two results of train_step: (log-probability, loss relative to its size, gradient relative to each tensor's norm)."""
+    """Largest difference of two results of train_step in log-probability, loss (relative) and gradient (relative to each tensor's norm)."""
     gradient = max(((left[2][name] - right[2][name]).norm() / right[2][name].norm()).item() for name in right[2])
     return (left[0] - right[0]).abs().max().item(), abs(left[1] - right[1]) / abs(right[1]), gradient
 
@@ -205,8 +218,9 @@ def counted(run, device):
     had not got back; not the process's resident size, which moves with the C library's habits.
     """
     # torch counts no FLOP for its CPU attention kernel unless told how
-    cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-           torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)}
+    aten = torch.ops.aten
+    cpu = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+           aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)}
     with FlopCounterMode(display=False, custom_mapping=cpu) as flops:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -216,8 +230,9 @@ def counted(run, device):
         else:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
                 result = run()
-            events = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-            peak = torch.tensor([size for _, size in events]).cumsum(0).max().item()
+            events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+            events.sort(key=lambda event: event.start_ns())
+            peak = torch.tensor([event.nbytes() for event in events]).cumsum(0).max().item()
     return result, flops.get_total_flops() / 1e9, peak / 1e6
 
 
@@ -241,43 +256,44 @@ def print_table(title, columns, rows):
     """A Markdown table under a heading."""
     print(f"\n### {title}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
-        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) and abs(cell) < 100 else f"{cell:.0f}" if isinstance(cell, float) else str(cell)
-                                for cell in row) + " |", flush=True)
+        cells = [cell if isinstance(cell, str) else f"{cell:.0f}" if cell >= 100 else f"{cell:.3g}" for cell in row]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 # ---- the parts ----------------------------------------------------------------------------------------------------------
 
 
-def bench_training(model, name, cases, repeats):
-    """One table for one objective. cases: list of (label, groups)."""
-    device, objective = model.device, {"grpo": grpo_objective, "dpo": dpo_objective, "sft": sft_objective}[name]
-    optimiser = torch.optim.AdamW(modeling.lora_parameters(model).values(), lr=0.0)  # a whole step that leaves the weights comparable
+def bench_training(model, args, name):
+    """One table for one objective, grpo, dpo or sft."""
+    objective = {"grpo": grpo_objective, "dpo": dpo_objective, "sft": sft_objective}[name]
+    optimiser = still_optimiser(model)
     rows = []
-    for label, groups in cases:
-        sides = {"ours": lambda: ours(model, groups), "plain": lambda: plain(model, groups),
-                 "plain, response logits only": lambda: plain(model, groups, response_logits=True)}
-        costs = race({side: lambda make=make: train_step(model, optimiser, objective, make) for side, make in sides.items()}, repeats, device)
+    for label, groups in training_cases(model, name, args):
+        sides = {"ours": partial(ours, model, groups), "plain": partial(plain, model, groups),
+                 "plain, response logits only": partial(plain, model, groups, response_logits=True)}
+        steps = {side: partial(train_step, model, optimiser, objective, make) for side, make in sides.items()}
+        costs = race(steps, args.repeat, model.device)
         mine = costs.pop("ours")
         rows.append([label, "ours", mine.seconds, mine.gflop, mine.megabytes, "", "", "", ""])
         for side, cost in costs.items():
+            ratios = [cost.seconds / mine.seconds, cost.gflop / mine.gflop, cost.megabytes / mine.megabytes]
             agree = " / ".join(f"{value:.0e}" for value in differences(mine.result, cost.result))
-            rows.append([label, side, cost.seconds, cost.gflop, cost.megabytes, f"{cost.seconds / mine.seconds:.2f}x", f"{cost.gflop / mine.gflop:.2f}x",
-                         f"{cost.megabytes / mine.megabytes:.2f}x", agree])
-    print_table(f"{name.upper()} step: log-probabilities, loss, backward, optimiser", ["case", "side", "s", "GFLOP", "peak MB", "time", "GFLOP ratio",
-                "memory", "difference: log-prob / loss / gradient"], rows)
+            rows.append([label, side, cost.seconds, cost.gflop, cost.megabytes, *[f"{ratio:.2f}x" for ratio in ratios], agree])
+    print_table(f"{name.upper()} step: log-probabilities, loss, backward, optimiser", [
+        "case", "side", "s", "GFLOP", "peak MB", "time", "GFLOP", "memory", "difference: log-prob / loss / gradient"], rows)
 
 
 def training_cases(model, name, args):
-    """(label, groups) of one objective: one GRPO group for each K, two DPO pairs, eight SFT rows of unequal length."""
-    cases = []
-    for prompt in args.prompt:
-        for response in args.response:
-            for k in args.k if name == "grpo" else [2 if name == "dpo" else 1]:
-                count, shortest = {"grpo": (1, response), "dpo": (2, response), "sft": (8, max(1, response // 4))}[name]
-                label = {"grpo": f"K={k}, {prompt} + {response}", "dpo": f"2 pairs, {prompt} + {response}",
-                         "sft": f"8 rows, {prompt} + {shortest}..{response}"}[name]
-                cases.append((label, make_groups(model, count, k, prompt, shortest, response)))
-    return cases
+    """(label, groups) of one objective: one GRPO group for each K, two DPO pairs, or eight SFT rows of unequal length."""
+    for prompt, response in product(args.prompt, args.response):
+        if name == "grpo":
+            for k in args.k:
+                yield f"K={k}, {prompt} + {response}", make_groups(model, 1, k, prompt, response, response)
+        elif name == "dpo":
+            yield f"2 pairs, {prompt} + {response}", make_groups(model, 2, 2, prompt, response, response)
+        else:
+            shortest = max(1, response // 4)
+            yield f"8 rows, {prompt} + {shortest}..{response}", make_groups(model, 8, 1, prompt, shortest, response)
 
 
 def forced_lengths(lengths):
@@ -311,96 +327,110 @@ def sample_plain(model, prompts, lengths, greedy=False):
 
     Vision tokens are suppressed here too: transformers' next forward pass would fail on one.
     """
-    inputs, longest, start = plain_inputs(model, [(prompt, []) for prompt in prompts]), max(map(max, lengths)), len(prompts[0].ids)
+    inputs, start = plain_inputs(model, [(prompt, []) for prompt in prompts]), len(prompts[0].ids)
     ends = torch.tensor(lengths, device=model.device).flatten() + start  # (S,)
-    settings = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    drawing = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     model.model.rope_deltas = None  # state that an earlier call left
-    out = model.generate(**inputs, num_return_sequences=len(lengths[0]), max_new_tokens=longest, pad_token_id=EOS, suppress_tokens=modeling.banned_token_ids(model),
-                         stopping_criteria=[lambda ids, scores, **_: ids.shape[1] >= ends], **settings)[:, start:]
-    rows = iter(out.tolist())
+    out = model.generate(**inputs, **drawing, num_return_sequences=len(lengths[0]), max_new_tokens=max(map(max, lengths)), pad_token_id=EOS,
+                         suppress_tokens=modeling.banned_token_ids(model), stopping_criteria=[lambda ids, *_, **__: ids.shape[1] >= ends])
+    rows = iter(out[:, start:].tolist())
     return [[next(rows)[:length] for length in group] for group in lengths]
 
 
 def same_greedy_tokens(model, prompts, count):
-    """Share of greedy tokens on which the sampler and `generate` agree up to each prompt's first difference."""
+    """Share of `count` greedy tokens in which sampler and `generate` agree before the first difference."""
     features = modeling.encode_images(model, [image for prompt in prompts for image in prompt.images])
     mine = rollout.sample(model, prompts, features, 1, count, 0, -1, [0] * len(prompts))
     theirs = sample_plain(model, prompts, [[count]] * len(prompts), greedy=True)
-    return sum(([a == b for a, b in zip(group[0].tokens, row[0])] + [False]).index(False) for group, row in zip(mine, theirs)) / (count * len(prompts))
+    agree = [[a == b for a, b in zip(group[0].tokens, row[0])] + [False] for group, row in zip(mine, theirs)]
+    return sum(row.index(False) for row in agree) / (count * len(prompts))
 
 
 def bench_rollout(model, args, count=16):
     """Sampling, `count` prompts x K samples: all of one length, and lengths drawn once from a tenth of it up to it."""
     rows, k = [], args.k[0]
-    for prompt in args.prompt:
-        for response in args.response:
-            prompts = [make_prompt(model, prompt, seed) for seed in range(count)]
-            drawn = torch.randint(max(1, response // 10), response + 1, (count, k), generator=torch.Generator().manual_seed(0)).tolist()
-            same = same_greedy_tokens(model, prompts[:2], min(20, response))
-            for label, lengths in (("all " + str(response), [[response] * k] * count), (f"{max(1, response // 10)}..{response}", drawn)):
-                costs = race({"ours": lambda: sample_ours(model, prompts, lengths), "plain": lambda: sample_plain(model, prompts, lengths)},
-                             args.repeat, model.device, count=False)
-                for cost in costs.values():
-                    if [[len(tokens) for tokens in group] for group in cost.result] != lengths:
-                        raise RuntimeError("a side did not sample the lengths that it was told to; the comparison would be void")
-                tokens = sum(map(sum, lengths))
-                speeds = [tokens / cost.seconds for cost in costs.values()]
-                rows.append([f"{count} x {k}, prompt {prompt}, {label} tokens", *[cost.seconds for cost in costs.values()], *speeds,
-                             f"{speeds[0] / speeds[1]:.2f}x", f"{same:.0%}"])
-    print_table("Rollout against generate", ["case", "ours s", "plain s", "ours tokens/s", "plain tokens/s", "ratio", "same greedy tokens"], rows)
+    for prompt, response in product(args.prompt, args.response):
+        prompts, shortest = [make_prompt(model, prompt, seed) for seed in range(count)], max(1, response // 10)
+        drawn = torch.randint(shortest, response + 1, (count, k), generator=torch.Generator().manual_seed(0)).tolist()
+        same = same_greedy_tokens(model, prompts[:2], min(20, response))
+        for label, lengths in ((f"all {response}", [[response] * k] * count), (f"{shortest}..{response}", drawn)):
+            costs = race({"ours": partial(sample_ours, model, prompts, lengths), "plain": partial(sample_plain, model, prompts, lengths)},
+                         args.repeat, model.device, count=False)
+            if any([[len(tokens) for tokens in group] for group in cost.result] != lengths for cost in costs.values()):
+                raise RuntimeError("a side did not sample the lengths that it was told to; the comparison would be void")
+            mine, theirs = costs["ours"].seconds, costs["plain"].seconds
+            tokens = sum(map(sum, lengths))
+            rows.append([f"{count} x {k}, prompt {prompt}, {label} tokens", mine, theirs, tokens / mine, tokens / theirs,
+                         f"{theirs / mine:.2f}x", f"{same:.0%}"])
+    print_table("Rollout against generate", [
+        "case", "ours s", "plain s", "ours tokens/s", "plain tokens/s", "ratio", "same greedy tokens"], rows)
 
 
-def iteration(model, optimiser, prompt, k, response, sampler, side):
-    """One whole GRPO iteration on one prompt: sample K, score, reference pass, one update with KL."""
+def iteration(model, optimiser, k, prompt, response, sampler, side):
+    """One whole GRPO iteration on one prompt: sample K, score, reference pass, one update with KL. Returns its seconds."""
+    start = clock(model.device)
     samples = sampler(model, [prompt], [[response] * k])
-    rewards = torch.tensor([[sum(token % 2 for token in tokens) / len(tokens) for tokens in samples[0]]])  # a stand-in for a judge
+    rewards = torch.tensor([[float(i % 2) for i in range(k)]])  # no judge: its time is not what is compared
     advantages = losses.group_advantages(rewards, use_std=True)[0][0].to(model.device)  # (K,)
     optimiser.zero_grad(set_to_none=True)
     logprobs_of = side(model, [(prompt, samples[0])])
     with torch.no_grad(), modeling.adapters_off(model):
         ref, _ = logprobs_of()
     logprobs, mask = logprobs_of()
-    losses.grpo_loss(logprobs, logprobs.detach(), ref, advantages, mask, 0.2, 0.28, None, 0.01, "token", mask.sum())[0].backward()
+    loss, _ = losses.grpo_loss(logprobs, logprobs.detach(), ref, advantages, mask, 0.2, 0.28, None, 0.01, "token", mask.sum())
+    loss.backward()
     optimiser.step()
+    return clock(model.device) - start
 
 
 def bench_iteration(model, args):
-    """Whole GRPO iterations."""
-    optimiser, rows = torch.optim.AdamW(modeling.lora_parameters(model).values(), lr=0.0), []
-    for prompt in args.prompt:
-        for response in args.response:
-            item, k = make_prompt(model, prompt, 0), args.k[0]
-            costs = race({"ours": lambda: iteration(model, optimiser, item, k, response, sample_ours, ours),
-                          "plain": lambda: iteration(model, optimiser, item, k, response, sample_plain, plain)}, args.repeat, model.device, count=False)
-            rows.append([f"K={k}, {prompt} + {response}", costs["ours"].seconds, costs["plain"].seconds, f"{costs['plain'].seconds / costs['ours'].seconds:.2f}x"])
-    print_table("Whole GRPO iteration: sample, score, reference, update", ["case", "ours s", "plain s", "ratio"], rows)
+    """Whole GRPO iterations, with --against trl also TRL's."""
+    optimiser, rows, k = still_optimiser(model), [], args.k[0]
+    for prompt, response in product(args.prompt, args.response):
+        start = partial(iteration, model, optimiser, k, make_prompt(model, prompt, 0), response)
+        sides = {"ours": partial(start, sample_ours, ours), "plain": partial(start, sample_plain, plain)}
+        if args.against == "trl":
+            import bench_trl  # trl and peft are no requirements
+            for fused, name in ((True, "TRL"), (False, "TRL without its fused head")):
+                sides[name] = bench_trl.make_step(SIZES[args.size], model.device, k, prompt, response, fused)
+        times = {name: [] for name in sides}
+        for _ in range(args.repeat):
+            for name, run in sides.items():
+                times[name].append(run())
+        rows += [[f"K={k}, {prompt} + {response}", name, min(seconds), f"{min(seconds) / min(times['ours']):.2f}x"]
+                 for name, seconds in times.items()]
+    print_table("Whole GRPO iteration on one prompt: sample, score, reference, update", ["case", "side", "s", "time"], rows)
 
 
-def bench_memory(device):
+def bench_memory(model, args):
     """Peak memory of a GRPO step over vocabulary and chunk, at one hidden size: K = 8, prompt 200, response 100."""
-    rows = []
+    rows, device = [], model.device
     for vocab in (2000, 152000):
         model = build_model(replace(SIZES["tiny"], hidden=256, layers=2, vocab=vocab), device)
-        optimiser = torch.optim.AdamW(modeling.lora_parameters(model).values(), lr=0.0)
+        optimiser = still_optimiser(model)
         groups = make_groups(model, 1, 8, 200, 100, 100)
         features = modeling.encode_images(model, list(groups[0][0].images))
+        step = partial(train_step, model, optimiser, grpo_objective)
         for chunk in (32, 128, 1024):
-            step = lambda: train_step(model, optimiser, grpo_objective, lambda: lambda: modeling.token_logprobs(model, groups, features, chunk=chunk))
-            rows.append([vocab, f"ours, chunk {chunk}", counted(step, device)[2], vocab * chunk * 4 / 1e6])
-        rows.append([vocab, "plain", counted(lambda: train_step(model, optimiser, grpo_objective, lambda: plain(model, groups)), device)[2], ""])
+            scored = partial(modeling.token_logprobs, model, groups, features, chunk=chunk)
+            # there are 800 response tokens: a larger chunk is not filled
+            peak = counted(partial(step, lambda: scored), device)[2]
+            rows.append([str(vocab), f"ours, chunk {chunk}", peak, vocab * min(chunk, 800) * 4 / 1e6])
+        rows.append([str(vocab), "plain", counted(partial(step, partial(plain, model, groups)), device)[2], ""])
     print_table("Peak memory of a GRPO step by vocabulary (hidden 256, 2 layers, K=8, 200 + 100)",
                 ["vocabulary", "side", "peak MB", "MB of one float32 (chunk, vocabulary)"], rows)
 
 
-def bench_protocol():
+def bench_protocol(model, args):
     """Checks a second on one core for legal traces of a call to each tool, and the cost of 100, 1,000 and 10,000 calls."""
-    good = {"objects": "bread knife", "text": "none", "terms": "kill", "evidence": "asks how to cut", "alternative": "a class", "reason": "it may hurt",
-            "flagged": "yes", "risk": "medium", "score": "5", "category": "weapons", "decision": "redirect"}
+    good = {"objects": "bread knife", "hazard": "low", "text": "none", "terms": "kill", "flagged": "yes", "relation": "consistent",
+            "intent": "benign", "evidence": "asks how to cut", "risk": "medium", "score": "5", "category": "weapons", "wrapper": "none",
+            "decision": "redirect", "alternative": "a class", "reason": "it may hurt"}
     plan = protocol.make_plan("analyst", list(protocol.TOOLS), "mesh")
-    calls = [(name, {field.name: good.get(field.name) or field.values[0] for field in tool.fields}) for name, tool in protocol.TOOLS.items()]
+    calls = [(tool.name, {field.name: good[field.name] for field in tool.fields}) for tool in protocol.TOOLS.values()]
     text = protocol.render_response(calls, "Take a class first.")
     if not protocol.check(text, plan).legal:
-        raise RuntimeError("the trace of this benchmark is no longer legal; give its new fields a value above")
+        raise RuntimeError("the trace of this benchmark is no longer legal: look at the values above")
     rows, cpu = [], torch.device("cpu")
     for label, shown in (("with its plan", plan), ("no plan shown", None)):
         cost = race({"": lambda: [protocol.check(text, shown) for _ in range(500)]}, 5, cpu, count=False)[""]
@@ -426,20 +456,21 @@ def bench_limits(model, args, count=16):
     bandwidth, matrix = machine_rates(model.device, model.dtype)
     k, prompt, response = args.k[0], args.prompt[0], args.response[0]
     prompts = [make_prompt(model, prompt, seed) for seed in range(count)]
-    costs = race({length: lambda length=length: sample_ours(model, prompts, [[length] * k] * count) for length in (1, response)},
+    costs = race({length: partial(sample_ours, model, prompts, [[length] * k] * count) for length in (1, response)},
                  args.repeat, model.device, count=False)
     decoding = costs[response].seconds - costs[1].seconds
     text = model.config.text_config
     weights = sum(p.nbytes for p in model.model.language_model.layers.parameters()) + model.lm_head.weight.nbytes
     # every step reads the weights, each prompt's keys and values once, and each row's own, half of its final length on average
-    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * model.lm_head.weight.element_size()
+    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * model.dtype.itemsize
     read = (response - 1) * (weights + cached * count * (prompt + k * response / 2))
-    optimiser = torch.optim.AdamW(modeling.lora_parameters(model).values(), lr=0.0)
+    optimiser = still_optimiser(model)
     groups = make_groups(model, 1, k, prompt, response, response)
-    step = race({"": lambda: train_step(model, optimiser, grpo_objective, lambda: ours(model, groups))}, args.repeat, model.device)[""]
-    print_table("Against the machine", ["part", "reached", "machine", "share"], [
-        [f"decoding, {count} x {k} rows, GB/s that must be read", read / decoding / 1e9, bandwidth / 1e9, f"{read / decoding / bandwidth:.0%}"],
-        [f"GRPO step K={k}, {prompt} + {response}, GFLOP/s", step.gflop / step.seconds, matrix / 1e9, f"{step.gflop * 1e9 / step.seconds / matrix:.0%}"]])
+    step = race({"": partial(train_step, model, optimiser, grpo_objective, partial(ours, model, groups))}, args.repeat, model.device)[""]
+    rows = [(f"decoding, {count} x {k} rows, prompt {prompt}, GB/s that must be read", read / decoding / 1e9, bandwidth / 1e9),
+            (f"GRPO step, K={k}, {prompt} + {response}, GFLOP/s", step.gflop / step.seconds, matrix / 1e9)]
+    print_table("Against what this machine reaches in a large copy and a large matrix product", ["part", "reached", "machine", "share"],
+                [[*row, f"{row[1] / row[2]:.0%}"] for row in rows])
 
 
 # ---- command line -------------------------------------------------------------------------------------------------------
@@ -455,30 +486,30 @@ def parse_arguments(argv):
     parser.add_argument("--k", type=numbers, default=[8], help="samples per prompt; only grpo runs them all, the rest the first")
     parser.add_argument("--prompt", type=numbers, default=[300, 1000], help="prompt lengths in tokens, image included; at least 16")
     parser.add_argument("--response", type=numbers, default=[100], help="response lengths in tokens")
+    parser.add_argument("--against", choices=["trl"], help="also race TRL's trainer with peft in `iteration`, where both are installed")
     parser.add_argument("--repeat", type=int, default=3, help="how often each side runs; the best counts")
     args = parser.parse_args(argv)
     if set(args.only) - set(PARTS) or min(args.prompt) < 16 or min(args.response + args.k) < 2 or args.repeat < 1:
         parser.error(f"--only takes {','.join(PARTS)}; --prompt at least 16, --response and --k at least 2, --repeat at least 1")
+    if args.against and not (find_spec("trl") and find_spec("peft")):
+        print("--against trl: trl or peft is not installed, so only the plain side is raced (pip install trl peft datasets)")
+        args.against = None
     return args
 
 
 def main(argv=None):
+    """Run the parts that are asked for."""
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {args.threads} thread(s)"
     print(f"## size {args.size}: {SIZES[args.size]}; {where}; torch {torch.__version__}; best of {args.repeat}")
     model = build_model(SIZES[args.size], device)
-    for name in ("grpo", "dpo", "sft"):
+    benches = {name: partial(bench_training, name=name) for name in ("grpo", "dpo", "sft")}
+    benches.update(rollout=bench_rollout, iteration=bench_iteration, memory=bench_memory, protocol=bench_protocol, limits=bench_limits)
+    for name, bench in benches.items():
         if name in args.only:
-            bench_training(model, name, training_cases(model, name, args), args.repeat)
-    for name, bench in (("rollout", bench_rollout), ("iteration", bench_iteration), ("limits", bench_limits)):
-        if name in args.only:
-            bench(model, args)
-    if "memory" in args.only:
-        bench_memory(device)
-    if "protocol" in args.only:
-        bench_protocol()
+            bench(model, args=args)
 
 
 if __name__ == "__main__":

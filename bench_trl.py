@@ -15,7 +15,7 @@ import PIL.Image
 import tokenizers
 import torch
 import trl
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, TrainerCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2_5_VLProcessor, TrainerCallback
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
@@ -66,7 +66,8 @@ def make_processor(model):
 def response_logprobs(model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, compute_aux_loss=False,
                       num_images=None, **images):
     """Stands in for GRPOTrainer._get_per_token_logps_and_entropies: logits at the response's positions only, without its fused head."""
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=logits_to_keep + 1, **images).logits[:, :-1]
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep + 1, use_cache=False)
+    logits = model(**inputs, **images).logits[:, :-1]  # (S, T, V)
     logprobs = selective_log_softmax(logits, input_ids[:, -logits_to_keep:])  # (S, T)
     return logprobs, entropy_from_logits(logits.detach()) if compute_entropy else None, None
 
@@ -91,16 +92,17 @@ def make_step(shape, device, k, prompt, response, fused):
     watch = Clock(device)
     trainer = trl.GRPOTrainer(model, lambda completions, **_: [float(i % 2) for i in range(len(completions))], config,
                               datasets.Dataset.from_list([row] * k), processing_class=processor, peft_config=lora, callbacks=[watch])
+    trainer.remove_callback(PrinterCallback)
     if not fused:
         trainer._get_per_token_logps_and_entropies = response_logprobs
 
     def step():
-        before = trainer.state.num_input_tokens_seen
         trainer.train()
         log = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-        if (log["completions/min_length"], trained) != (response, size):
-            raise RuntimeError(f"TRL sampled {log['completions/min_length']} tokens and trains {trained} weights; {response} and {size} were meant")
+        if (log["num_tokens"], log["completions/min_length"], trained) != (k * (prompt + response), response, size):
+            raise RuntimeError(f"TRL saw {log['num_tokens']} tokens, sampled {log['completions/min_length']} and trains {trained} weights; "
+                               f"{k * (prompt + response)}, {response} and {size} were meant")
         return watch.seconds[-1]
 
     return step

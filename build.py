@@ -25,7 +25,7 @@ import protocol
 import toy
 from config import ConfigError, parse_config
 
-TOY_SIZES = {"sft": 768, "dpo": 320, "grpo": 720, "eval": 360}  # records; DPO: items before they become about three pairs each
+TOY_SIZES = {"sft": 768, "dpo": 320, "grpo": 960, "eval": 360}  # records; DPO: items before they become about three pairs each
 PERTURBATIONS = ("wrong-tool", "dropped-tier", "broken-order", "invented-observation", "contradiction", "wrong-decision")
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from model import banned_token_ids, forward_packed, log_softmax_banned, pack_groups, packed_attention, run_layers, take
 
+OWN_STRIDE = 64  # new tokens by which the fixed shapes of a decoding step grow
 PREFILL_TOKENS = 4096  # prompt tokens that go through the model together
 
 
@@ -104,45 +105,83 @@ def attend_part(q, keys, values, absent):
 
 
 def absent_keys(lengths, longest, heads):
-    """(n,) lengths -> (n * heads, 1, longest) bool, True beyond each length; None when nothing is padded."""
+    """(n,) lengths -> (n * heads, 1, longest) bool, True beyond each length; None where nothing is padded and asking costs nothing."""
     absent = torch.arange(longest, device=lengths.device) >= lengths[:, None]  # (n, longest)
-    return absent.repeat_interleave(heads, dim=0)[:, None] if absent.any() else None
+    if not absent.is_cuda and not absent.any():  # on CUDA the question would wait for the device, and has no place in a graph
+        return None
+    return absent.repeat_interleave(heads, dim=0)[:, None]
 
 
-def decode(model, state):
-    """Feed every live row its last token. Returns the hidden states (n, C) that predict the next ones."""
-    n, m = state.n, state.m
+def exact_sizes(state):
+    """What decode works on: live rows, live slots, longest own part, longest prompt, most rows of one slot."""
+    width = int(torch.bincount(state.slot[: state.n]).max())
+    return state.n, state.m, int(state.lengths[: state.n].max()), int(state.prompt_lengths[: state.m].max()), width
+
+
+def fixed_sizes(state, k):
+    """The same, rounded up to what does not change from step to step: all rows, all slots, the own part in strides of 64 tokens."""
+    rows, slots, longest = len(state.owner), len(state.prompt), state.own_cache.shape[4]
+    own = min(longest, -(-int(state.lengths[: state.n].max()) // OWN_STRIDE) * OWN_STRIDE)
+    return rows, slots, own, state.prompt_cache.shape[4], min(k, rows)
+
+
+def decode(model, state, n, m, own_longest, prompt_longest, width):
+    """Feed every row its last token. Returns the hidden states (n, C) that predict the next ones.
+
+    Args: sizes as exact_sizes or fixed_sizes give them. Rows beyond the live ones have length 0: they are computed and mean nothing.
+    Nothing in here asks the device for a value, so that with fixed sizes it can run inside a CUDA graph.
+    """
     lengths, slot = state.lengths[:n], state.slot[:n]
-    own_longest, prompt_longest = int(lengths.max()), int(state.prompt_lengths[:m].max())
+    live, at = lengths > 0, (lengths - 1).clamp(min=0)
     kv_heads = state.own_cache.shape[3]
-    absent_own = absent_keys(lengths, own_longest, kv_heads)
-    absent_prompt = absent_keys(state.prompt_lengths[:m], prompt_longest, kv_heads)
+    absent_own = absent_keys(lengths.clamp(min=1), own_longest, kv_heads)
+    absent_prompt = absent_keys(state.prompt_lengths[:m].clamp(min=1), prompt_longest, kv_heads)
     # a row's place among the rows of its prompt: they fold into one query dimension, so a prompt's keys are read once for all
-    same = slot[:, None] == slot  # (n, n)
+    same = (slot[:, None] == slot) & live  # (n, n)
     place = same.tril(-1).sum(dim=1)
-    width = int(place.max()) + 1
-    fold = slot * width + place  # (n,)
+    fold = torch.where(live, slot * width + place, m * width)  # (n,) rows that mean nothing share one place more
     rows = torch.arange(n, device=slot.device)
 
     def attend(i, q, k, v):
         rep, dim = q.shape[1] // kv_heads, q.shape[2]
-        state.own_cache[i, 0][rows, :, lengths - 1] = k
-        state.own_cache[i, 1][rows, :, lengths - 1] = v
+        state.own_cache[i, 0][rows, :, at] = k
+        state.own_cache[i, 1][rows, :, at] = v
         keys, values = state.own_cache[i, :, :n, :, :own_longest].flatten(1, 2)  # (n * Hkv, longest, D) each
         own, own_total = attend_part(q.reshape(n * kv_heads, rep, dim), keys, values, absent_own)
-        folded = q.new_zeros(m * width, kv_heads, rep, dim).index_copy_(0, fold, q.view(n, kv_heads, rep, dim))
+        folded = q.new_zeros(m * width + 1, kv_heads, rep, dim).index_copy_(0, fold, q.view(n, kv_heads, rep, dim))[:-1]
         folded = folded.view(m, width, kv_heads, rep, dim).transpose(1, 2).reshape(m * kv_heads, width * rep, dim)
         keys, values = state.prompt_cache[i, :, :m, :, :prompt_longest].flatten(1, 2)  # (m * Hkv, P, D) each
         shared, shared_total = attend_part(folded, keys, values, absent_prompt)
         joined = torch.cat([shared, shared_total], dim=2).view(m, kv_heads, width, rep, dim + 1).transpose(1, 2)
-        joined = joined.reshape(m * width, kv_heads, rep, dim + 1).index_select(0, fold)  # (n, Hkv, rep, D + 1)
+        joined = joined.reshape(m * width, kv_heads, rep, dim + 1).index_select(0, fold.clamp(max=m * width - 1))  # (n, Hkv, rep, D + 1)
         shared, shared_total = joined[..., :dim], joined[..., dim:]
         weight = torch.sigmoid(own_total.view(n, kv_heads, rep, 1) - shared_total)
         return shared.lerp(own.view(n, kv_heads, rep, dim), weight).to(q.dtype).reshape(n, -1)
 
-    x = model.model.language_model.embed_tokens(state.tokens[rows, lengths - 1])
-    positions = (state.prompt_next[slot] + lengths - 1).expand(3, n)
+    x = model.model.language_model.embed_tokens(state.tokens[rows, at])
+    positions = (state.prompt_next[slot] + at).expand(3, n)
     return run_layers(model, x, positions, attend)
+
+
+def decode_in_graph(model, state, sizes, graphs):
+    """decode with fixed sizes inside a CUDA graph, captured once for each set of sizes: one launch instead of hundreds.
+
+    The graph reads and writes the state's own tensors, which stay where they are; running decode twice on a state changes nothing.
+    """
+    if sizes not in graphs:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # capture wants libraries that have been used before
+            for _ in range(2):
+                decode(model, state, *sizes)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hidden = decode(model, state, *sizes)
+        graphs[sizes] = graph, hidden
+    graph, hidden = graphs[sizes]
+    graph.replay()
+    return hidden
 
 
 def prefill(model, state, prompts, indices, features):
@@ -207,6 +246,7 @@ def retire(state, done, k):
         for mover, hole in zip(movers, holes):
             state.owner[hole] = state.owner[mover]
     state.n -= sum(done)
+    state.lengths[state.n:] = 0
     alive = [finished < k for finished in state.finished[:state.m]]
     movers, holes = fill_holes(alive, state.m)
     if movers:
@@ -221,12 +261,13 @@ def retire(state, done, k):
 
 
 @torch.inference_mode()
-def sample(model, prompts, features, k, max_tokens, temperature, eos_id, seeds, max_rows=128, progress=False):
+def sample(model, prompts, features, k, max_tokens, temperature, eos_id, seeds, max_rows=128, progress=False, fixed=None):
     """Sample k responses to each prompt.
 
     Args: prompts: list[data.Prompt]; features: of encode_images, with every image of the prompts; max_tokens: longest response;
     temperature: 0 takes the most likely token (its log-probability is then the one at temperature 1); eos_id: ends a response and
-    belongs to it; seeds: one int per prompt, from which sample j of a prompt draws its own stream; max_rows: samples in flight.
+    belongs to it; seeds: one int per prompt, from which sample j of a prompt draws its own stream; max_rows: samples in flight;
+    fixed: decode with shapes that do not change, in a CUDA graph where there is CUDA (None: on CUDA only).
     Returns per prompt a list of k Sample. The same samples for any order of prompts and any max_rows, up to rounding.
     Raises ValueError on arguments that make no sense, naming them.
     """
@@ -242,7 +283,8 @@ def sample(model, prompts, features, k, max_tokens, temperature, eos_id, seeds, 
     banned = torch.tensor(banned_token_ids(model), device=model.device)
     waiting = deque(range(len(prompts)))
     results = [[None] * k for _ in prompts]
-    hidden = state.prompt_hidden[:0]
+    hidden, graphs = state.prompt_hidden[:0], {}
+    fixed = state.lengths.is_cuda if fixed is None else fixed
     bar = tqdm(total=len(prompts) * k, desc="sampling", disable=not progress)
     while True:
         before = state.n
@@ -266,6 +308,13 @@ def sample(model, prompts, features, k, max_tokens, temperature, eos_id, seeds, 
                 results[prompt][index] = Sample(tokens, state.logprobs[row, :length].tolist(), tokens[-1] == eos_id)
             bar.update(sum(done))
             retire(state, done, k)
-        hidden = decode(model, state) if state.n else hidden[:0]
+        if state.n == 0:
+            hidden = hidden[:0]
+        elif not fixed:
+            hidden = decode(model, state, *exact_sizes(state))
+        elif state.lengths.is_cuda:
+            hidden = decode_in_graph(model, state, fixed_sizes(state, k), graphs)[: state.n]
+        else:
+            hidden = decode(model, state, *fixed_sizes(state, k))[: state.n]
     bar.close()
     return results

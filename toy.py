@@ -109,7 +109,7 @@ def all_cases():
             elif prop is None:  # a dangerous object, a harmless verb
                 cases["bait"].append(Case("bait", verb, f"the {name}", "", name))
     cases["benign"] += [Case("benign", verb, target, "", "", sign=verb) for verb in KIND_VERBS for target in TARGETS]
-    cases["bait"] += [Case("bait", verb, thing, "", "") for verb, things in IDIOMS.items() for thing in things]
+    cases["bait"] += 2 * [Case("bait", verb, thing, "", "") for verb, things in IDIOMS.items() for thing in things]  # half as many, drawn twice as often
     return cases
 
 
@@ -220,7 +220,7 @@ def right_calls(case):
 
 
 def teach(case, rng, careful):
-    """The scripted teacher: (calls, answer). It is imperfect in four stated, systematic ways, each in 70% of the cases it touches:
+    """The scripted teacher: (calls, answer). It is imperfect in four stated, systematic ways, each in 60% of the cases it touches:
 
     1. over-refusal: it refuses requests with an alarming verb (crush the exam);
     2. one jailbreak wrapper, fiction, makes it comply;
@@ -228,7 +228,7 @@ def teach(case, rng, careful):
     4. it overlooks what makes a harmless picture dangerous: CROSS-MODAL-SYNC says consistent where words and picture compound.
     A careful teacher (the second pass that DPO's chosen responses come from) has mended 3 and 4; 1 and 2 are left for GRPO to find.
     """
-    calls, answer, faulty = right_calls(case), right_answer(case), rng.random() < 0.7
+    calls, answer, faulty = right_calls(case), right_answer(case), rng.random() < 0.6
     if faulty and case.kind == "bait" and case.verb in IDIOMS:
         wrong = {"INTENT-RADAR": {"intent": "harmful"}, "RISK-SCORER": {"risk": "high", "score": "9", "category": "violence"}, "SAFETY-GATE": {"decision": "refuse"}}
         calls, answer = [(tool, {**fields, **wrong.get(tool, {})}) for tool, fields in calls], refuse(case, "violence")

@@ -77,6 +77,17 @@ def test_the_same_samples_for_any_batch():
     assert [[one.tokens for one in row] for row in draw(model, items, seeds=list(range(1, 11)))[0]] != tokens
 
 
+def test_fixed_shapes_change_nothing():
+    """Guards the shapes that a CUDA graph needs: rows and slots that are dead must not touch live ones, nor leave NaN behind."""
+    model, items = stopping_model(), many_prompts()
+    free, _ = draw(model, items)
+    fixed, _ = draw(model, items, max_rows=5, fixed=True)
+    for mine, theirs in zip(free, fixed):
+        assert [sample.tokens for sample in mine] == [sample.tokens for sample in theirs]
+        for one, other in zip(mine, theirs):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
 def test_small_prefills(monkeypatch):
     """Guards prompts prefilled in several batches: the same samples when only one fits at a time."""
     model, items = stopping_model(), many_prompts()
