@@ -61,7 +61,7 @@ class Config:
     lora_alpha: float = 32.0
     """adapters are scaled by alpha / r. Ours"""
     micro_tokens: int = 4096
-    """packed tokens per forward and backward pass; changes memory and speed, never a gradient"""
+    """packed tokens per forward and backward pass, 0 = from the free memory on CUDA; changes memory and speed, never a gradient"""
     logprob_chunk: int = 1024
     """response tokens whose logits exist at one time"""
     checkpointing: bool = False
@@ -169,7 +169,7 @@ class Config:
 # LoRA at ten times the paper's learning rates: adapters commonly want more than full fine-tuning does. Ours, not measured at these sizes.
 REAL = dict(
     dtype="bfloat16", checkpointing=True, min_pixels=262_144, max_pixels=1_048_576, max_prompt=4096, max_response=2048, lora_r=64, lora_alpha=128.0,
-    micro_tokens=16_384, logprob_chunk=256, weight_decay=0.01,
+    micro_tokens=0, logprob_chunk=256, weight_decay=0.01,
     sft_lr=1e-4, sft_epochs=2.0, sft_batch=32, sft_prompts="generic,planned",
     dpo_lr=5e-6, dpo_batch=32, dpo_beta=0.1, dpo_prompts="generic,planned",
     grpo_lr=1e-5, grpo_epochs=2.0, grpo_schedule="constant", grpo_warmup=0.0, grpo_batch=256, grpo_update_batch=32, grpo_k=4, grpo_prompts="toolkit",
@@ -178,7 +178,7 @@ REAL = dict(
 RECIPES = {
     "tiny": {},
     "3b": dict(REAL, model="Qwen/Qwen2.5-VL-3B-Instruct"),
-    "7b": dict(REAL, model="Qwen/Qwen2.5-VL-7B-Instruct", micro_tokens=8_192, rollout_rows=48),
+    "7b": dict(REAL, model="Qwen/Qwen2.5-VL-7B-Instruct", rollout_rows=48),
 }
 CHOICES = {
     "recipe": tuple(RECIPES), "dtype": ("float32", "bfloat16"), "device": ("auto", "cpu", "cuda"), "loss_mean": ("token", "sequence", "constant"),
@@ -186,7 +186,7 @@ CHOICES = {
     **{f"{stage}_schedule": ("cosine", "constant") for stage in STAGES},
 }
 ORDERS = {",".join(stage for stage, bit in zip(STAGES, bits) if bit) for bits in itertools.product((0, 1), repeat=3) if any(bits)}
-AT_LEAST_0 = {"seed", "max_steps", "weight_decay", "beta1", "beta2", "dual_clip", "kl_coef", "eval_limit", "dpo_label_smoothing", "dpo_sft_coef", "resume",
+AT_LEAST_0 = {"seed", "micro_tokens", "max_steps", "weight_decay", "beta1", "beta2", "dual_clip", "kl_coef", "eval_limit", "dpo_label_smoothing", "dpo_sft_coef", "resume",
               "checkpointing", "shared_prefix", "advantage_std"} | {f"{stage}_{word}" for stage in STAGES for word in ("warmup", "steps")}
 BELOW_1 = {"beta1", "beta2", "clip_low", "sft_warmup", "dpo_warmup", "grpo_warmup"}
 FREE = ("out", "resume", "device", "micro_tokens", "rollout_rows", "logprob_chunk", "checkpointing")  # a run may go on with others: they change rounding only

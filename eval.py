@@ -22,21 +22,20 @@ import model as modeling
 import protocol
 import rollout
 import safer
-import stage as stages
 from config import ConfigError, parse_config, save_config
+from stage import StageError, load_policy, pick_device
 
 METRICS = ("safety", "helpfulness", "rigor")  # shares of samples at score 3, and means
-SHARES = {"over_refusal": "refused of what should be complied with", "legal": "traces without any violation"}
 
 
 def answer_records(config, model, processor, records, mode, end="eval"):
     """Greedy responses, one row a record: prompt, response, and what the checker says."""
-    rows, device_features = [], modeling.FeatureCache(1 << 28)
+    rows, cache = [], modeling.FeatureCache(1 << 28)
     size = max(1, config.rollout_rows)
     for start in tqdm(range(0, len(records), size), desc=end, leave=False, mininterval=1):
         batch = records[start : start + size]
         prompts = [data.record_prompt(record, mode, processor) for record in batch]
-        features = modeling.encode_images(model, [image for prompt in prompts for image in prompt.images], device_features)
+        features = modeling.encode_images(model, [image for prompt in prompts for image in prompt.images], cache)
         sampled = rollout.sample(model, prompts, features, 1, config.max_response, 0.0, processor.end_of_turn, [0] * len(prompts), config.rollout_rows)
         for record, prompt, (sample,) in zip(batch, prompts, sampled):
             text = data.decode_response(sample.tokens, processor)
@@ -121,6 +120,7 @@ def kind_table(results, mode):
 
 
 def show(results, modes):
+    """Print the tables of every prompt mode."""
     for mode in modes:
         print(f"\nHeld-out cases under the {mode} prompt (share of samples at score 3, in percent, with 95% bootstrap interval)\n\n{main_table(results, mode)}")
         table = kind_table(results, mode)
@@ -143,11 +143,12 @@ def limit_records(records, limit):
 
 
 def main(argv):
+    """Evaluate base and finished stages one after the other, merging an adapter at a time; answers that lie on disk are not asked again."""
     config = parse_config(argv)
     folder, modes = Path(config.out) / "eval", config.eval_prompts.split(",")
     records = limit_records(data.read_records(data.set_path(config.data or os.path.join(config.out, "data"), "eval"), "eval"), config.eval_limit)
-    device = stages.pick_device(config, 0)
-    model, processor = stages.load_policy(config, [], device)
+    device = pick_device(config, 0)
+    model, processor = load_policy(config, [], device)
     data.check_lengths(records, modes, processor, config.max_prompt, config.max_response)
     save_config(config, folder, "eval")  # an error if answers from other settings lie there
     judge, results = safer.make_judge(config), []
@@ -179,5 +180,5 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, data.DataError, stages.StageError, modeling.ModelError, judging.JudgeError) as problem:
+    except (ConfigError, data.DataError, StageError, modeling.ModelError, judging.JudgeError) as problem:
         sys.exit(str(problem))

@@ -45,7 +45,7 @@ def train_sft(run, records):
             groups.append((prompt, [data.encode_response(record.texts["response"], run.processor)]))
         tokens = total(run, sum(len(response) for _, responses in groups for response in responses))
         features = encode_images(run, groups)
-        for rows in modeling.micro_batches(groups, config.micro_tokens):
+        for rows in modeling.micro_batches(groups, run.micro_tokens):
             logprobs, mask = token_logprobs(run, [groups[row] for row in rows], features)
             loss = losses.sft_loss(logprobs, mask, tokens)
             loss.backward()
@@ -68,7 +68,7 @@ def train_dpo(run, records):
             groups.append((prompt, [data.encode_response(record.texts[name], run.processor) for name in ("chosen", "rejected")]))
         chosen_tokens = total(run, sum(len(chosen) for _, (chosen, _) in groups))
         features = encode_images(run, groups)
-        for rows in modeling.micro_batches(groups, config.micro_tokens):
+        for rows in modeling.micro_batches(groups, run.micro_tokens):
             micro = [groups[row] for row in rows]
             with torch.no_grad(), modeling.adapters_off(run.model):
                 ref, mask = token_logprobs(run, micro, features)
@@ -214,7 +214,7 @@ def update_policy(run, rollouts, features, on_policy, first):
     groups = [(item.prompt, [item.samples[k].tokens for k in ks]) for item, ks in kept]
     counts = losses.denominators([len(response) for _, responses in groups for response in responses])
     denominator = total(run, counts[config.loss_mean])
-    for rows in modeling.micro_batches(groups, config.micro_tokens):
+    for rows in modeling.micro_batches(groups, run.micro_tokens):
         micro = [groups[row] for row in rows]
         old = pad([kept[row][0].samples[k].logprobs for row in rows for k in kept[row][1]], run.device)  # (S, T)
         advantages = torch.cat([kept[row][0].advantages[kept[row][1]] for row in rows]).to(run.device)  # (S,)
@@ -262,6 +262,7 @@ def warn_if_idle(run, step, metrics):
 
 
 def main(argv):
+    """One stage, from its name and flags to its adapter file."""
     if not argv or argv[0] not in STAGES:
         raise ConfigError(f"usage: python safer.py {'|'.join(STAGES)} [--flag value ...]; python config.py --help lists the flags")
     stage, config = argv[0], parse_config(argv[1:])

@@ -23,6 +23,7 @@ import data
 import model as modeling
 from config import ConfigError, save_config
 
+FEATURE_BYTES = 1 << 30  # image features kept from step to step: with few images, the vision tower runs in the first epoch only
 SAVE_EVERY = 50  # optimiser steps (GRPO: rollouts) between checkpoints. Paper: 50 (PAPERS 1.5)
 
 
@@ -41,6 +42,8 @@ class Run:
     rank: int = 0
     world: int = 1
     first_step: int = 0
+    micro_tokens: int = 0  # packed tokens per forward and backward pass
+    features: modeling.FeatureCache = field(default_factory=lambda: modeling.FeatureCache(FEATURE_BYTES))  # the tower is frozen, so they stay true
     sums: dict = field(default_factory=dict)  # of the step: name -> [numerator, denominator]
     base_sum: float = 0.0  # of all frozen weights, to see that none has changed
     checked: bool = False  # the checks after the first update are done
@@ -112,6 +115,7 @@ def open_run(config, stage, records):
         say(run, f"{stage}: going on after step {run.first_step}")
     if rank == 0:
         trim_metrics(folder / "metrics.jsonl", run.first_step)
+    run.micro_tokens = token_budget(run)
     return run
 
 
@@ -250,13 +254,27 @@ def token_logprobs(run, groups, features, temperature=1.0, entropy=False):
 
 def encode_images(run, groups):
     """Features of all images of these groups, each image once; every pad must find its feature."""
-    features = modeling.encode_images(run.model, [image for prompt, _ in groups for image in prompt.images])
+    features = modeling.encode_images(run.model, [image for prompt, _ in groups for image in prompt.images], run.features)
     pad = run.processor.special["<|image_pad|>"]
     for prompt, _ in groups:
         rows = sum(len(features[image.key]) for image in prompt.images)
         if prompt.ids.count(pad) != rows:
             raise StageError(f"{prompt.ids.count(pad)} image pads for {rows} image features; images {[image.key for image in prompt.images]}")
     return features
+
+
+def token_budget(run):
+    """Packed tokens per micro-batch: --micro_tokens, or for 0 what 70% of the free CUDA memory holds by the shapes (ours; not measured).
+
+    Per token: with checkpointing each layer's input, else all it computes; and what one layer computes, twice, for its backward pass.
+    """
+    config, text = run.config, run.model.config.text_config
+    if config.micro_tokens or run.device.type != "cuda":
+        return config.micro_tokens or 4096
+    size, layer = run.model.dtype.itemsize, 12 * text.hidden_size + 5 * text.intermediate_size
+    kept = text.num_hidden_layers * (text.hidden_size if config.checkpointing else layer)
+    free = 0.7 * torch.cuda.mem_get_info()[0] - 16 * config.logprob_chunk * text.vocab_size  # four float32 copies of a chunk's logits
+    return max(1024, int(free / (size * (kept + 2 * layer))))
 
 
 def batch_at(records, step, batch, seed):

@@ -17,6 +17,7 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import judge  # noqa: E402
 import losses  # noqa: E402
+import planner  # noqa: E402
 import protocol  # noqa: E402
 import reward  # noqa: E402
 import test_reward_attacks  # noqa: E402
@@ -134,3 +135,9 @@ def test_examples_run(tmp_path):
                               check=False).returncode == 0, words
     unsafe = max((reward.checked_reward(trace, None, judge.Scores(10, safety, 10, 10)).total for safety in range(1, 7)))
     assert 0.034 < unsafe <= 0.035  # "gets 0.035 at most"
+
+
+def test_plan_drawings_are_what_draw_plan_prints():
+    """Guards: a drawing of a plan that the rules no longer choose."""
+    for signals in ({"harm": "words"}, {"harm": "image-text"}):
+        assert protocol.draw_plan(planner.plan_by_rules(signals)[0]) in README
