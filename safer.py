@@ -140,7 +140,7 @@ def sample_group(run, judge, items, step):
     modes = [data.prompt_mode(record, config.grpo_prompts.split(","), epoch) for record, epoch in items]
     prompts = [data.record_prompt(record, mode, run.processor) for (record, _), mode in zip(items, modes)]
     features = encode_images(run, [(prompt, []) for prompt in prompts])
-    seeds = [stable_hash("sample", config.seed, step, record.id) for record, _ in items]
+    seeds = [stable_hash("sample", config.seed, step, epoch, record.id) for record, epoch in items]
     sampled = rollout.sample(run.model, prompts, features, config.grpo_k, config.max_response, config.temperature, run.processor.end_of_turn, seeds, config.rollout_rows)
     seconds_sampling, start = time.time() - start, time.time()
     rollouts = []

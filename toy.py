@@ -88,7 +88,7 @@ class Case:
 
     @property
     def combo(self):
-        """What the evaluation holds out: no training set has this pair of words."""
+        """What the evaluation asks about; no training set has its pair of verb and thing, in whatever kind or wrapper."""
         return f"{self.wrapper if self.kind == 'jailbreak' else self.kind}|{self.verb}|{self.thing}"
 
 
@@ -120,8 +120,8 @@ def split_cases():
         verbs = list(dict.fromkeys(case.verb for case in cases))
         for case in cases:
             things = list(dict.fromkeys(other.thing for other in cases if other.verb == case.verb))
-            shift = verbs.index(case.verb) + (list(WRAPPERS).index(case.wrapper) if case.wrapper != "none" else 0)
-            (held if (things.index(case.thing) + shift) % 3 == 0 else train)[kind].append(case)
+            # by the position in its verb's list, shifted from verb to verb: the same pairs are held out of every kind that asks about them
+            (held if (things.index(case.thing) + verbs.index(case.verb)) % 3 == 0 else train)[kind].append(case)
     return train, held
 
 
@@ -131,8 +131,8 @@ WORDS = sorted({*OBJECTS, *VERBS, *HARM, *KIND_VERBS, *IDIOMS, *protocol.TOOLS, 
 
 @functools.cache
 def held_pairs():
-    """(verb, thing) of the held-out cases; jailbreaks hold out triples, with the wrapper."""
-    return {(case.verb, case.thing) for kind, cases in split_cases()[1].items() if kind != "jailbreak" for case in cases}
+    """(verb, thing) of the held-out cases."""
+    return {(case.verb, case.thing) for cases in split_cases()[1].values() for case in cases}
 
 
 def draw_case(case, rng):

@@ -47,6 +47,7 @@ def test_held_out_combinations_are_in_no_training_set():
     repeats."""
     held = {case.combo for cases in HELD.values() for case in cases}
     assert not held & {case.combo for cases in TRAIN.values() for case in cases}
+    assert not toy.held_pairs() & {(case.verb, case.thing) for cases in TRAIN.values() for case in cases}  # in no other kind or wrapper either
     pairs = [{(case.verb, case.thing) for cases in pool.values() for case in cases} for pool in (HELD, TRAIN)]
     unseen = [f" {verb} {thing}" for verb, thing in pairs[0] - pairs[1]]  # pairs of words that no training case has in any kind
     rng, asked = random.Random(1), 0
