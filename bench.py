@@ -77,7 +77,7 @@ def build_model(shape, device, r=16, alpha=32):
                 rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth]})
     depth, hidden, heads, inner = shape.vision
     vision = dict(depth=depth, hidden_size=hidden, num_heads=heads, intermediate_size=inner, out_hidden_size=shape.hidden,
-                  fullatt_block_indexes=list(range(depth // 4, depth, max(1, depth // 4))))
+                  fullatt_block_indexes=list(range(max(1, depth // 4 - 1), depth, max(1, depth // 4))))
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, image_token_id=shape.vocab - 4,
                               video_token_id=shape.vocab - 3, vision_start_token_id=shape.vocab - 2, vision_end_token_id=shape.vocab - 1)
     torch.manual_seed(0)
@@ -286,14 +286,11 @@ def bench_training(model, args, name):
 def training_cases(model, name, args):
     """(label, groups) of one objective: one GRPO group for each K, two DPO pairs, or eight SFT rows of unequal length."""
     for prompt, response in product(args.prompt, args.response):
-        if name == "grpo":
-            for k in args.k:
-                yield f"K={k}, {prompt} + {response}", make_groups(model, 1, k, prompt, response, response)
-        elif name == "dpo":
-            yield f"2 pairs, {prompt} + {response}", make_groups(model, 2, 2, prompt, response, response)
-        else:
-            shortest = max(1, response // 4)
-            yield f"8 rows, {prompt} + {shortest}..{response}", make_groups(model, 8, 1, prompt, shortest, response)
+        quarter = max(1, response // 4)
+        cases = {"grpo": [(f"K={k}", 1, k, response) for k in args.k], "dpo": [("2 pairs", 2, 2, response)],
+                 "sft": [(f"8 rows, responses from {quarter} up", 8, 1, quarter)]}[name]
+        for label, count, k, shortest in cases:
+            yield f"{label}, {prompt} + {response}", make_groups(model, count, k, prompt, shortest, response)
 
 
 def forced_lengths(lengths):
@@ -402,10 +399,10 @@ def bench_iteration(model, args):
     print_table("Whole GRPO iteration on one prompt: sample, score, reference, update", ["case", "side", "s", "time"], rows)
 
 
-def bench_memory(model, args):
+def bench_memory(model, args, vocabularies=(2000, 152000)):
     """Peak memory of a GRPO step over vocabulary and chunk, at one hidden size: K = 8, prompt 200, response 100."""
     rows, device = [], model.device
-    for vocab in (2000, 152000):
+    for vocab in vocabularies:
         model = build_model(replace(SIZES["tiny"], hidden=256, layers=2, vocab=vocab), device)
         optimiser = still_optimiser(model)
         groups = make_groups(model, 1, 8, 200, 100, 100)
@@ -442,35 +439,29 @@ def bench_protocol(model, args):
     print_table("Trace checks", ["trace", "ms", "checks/s"], rows)
 
 
-def machine_rates(device, dtype):
-    """(bytes/s of a large copy, reads and writes counted; FLOP/s of a large matrix product): what this machine reaches."""
-    side = 8192 if device.type == "cuda" else 2048
-    left, right = torch.randn(2, side, side, device=device).to(dtype)
-    big = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    costs = race({"copy": lambda: big.clone(), "matmul": lambda: left @ right}, 5, device, count=False)
-    return 2 * big.nbytes / costs["copy"].seconds, 2 * side**3 / costs["matmul"].seconds
-
-
 def bench_limits(model, args, count=16):
-    """How near decoding comes to the machine's memory rate, and a GRPO step to its matrix rate (both measured here)."""
-    bandwidth, matrix = machine_rates(model.device, model.dtype)
-    k, prompt, response = args.k[0], args.prompt[0], args.response[0]
-    prompts = [make_prompt(model, prompt, seed) for seed in range(count)]
-    costs = race({length: partial(sample_ours, model, prompts, [[length] * k] * count) for length in (1, response)},
-                 args.repeat, model.device, count=False)
-    decoding = costs[response].seconds - costs[1].seconds
+    """How near decoding comes to the machine's memory rate, and a GRPO step to its matrix rate, as a large copy and product show them."""
+    device, k, prompt, response = model.device, args.k[0], args.prompt[0], args.response[0]
+    side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
+    left, right = torch.randn(2, side, side, device=device).to(model.dtype)
+    big = torch.zeros(size, dtype=torch.uint8, device=device)
+    prompts, groups = [make_prompt(model, prompt, seed) for seed in range(count)], make_groups(model, 1, k, prompt, response, response)
+    step = partial(train_step, model, still_optimiser(model), grpo_objective, partial(ours, model, groups))
+    gflop = counted(step, device)[1]
+    # machine and work take turns, so that what else runs on it slows both
+    sample = partial(sample_ours, model, prompts)
+    costs = race({"copy": big.clone, "product": lambda: left @ right, "step": step, "first": partial(sample, [[1] * k] * count),
+                  "all": partial(sample, [[response] * k] * count)}, args.repeat, device, count=False)
+    seconds = {name: cost.seconds for name, cost in costs.items()}
     text = model.config.text_config
     weights = sum(p.nbytes for p in model.model.language_model.layers.parameters()) + model.lm_head.weight.nbytes
     # every step reads the weights, each prompt's keys and values once, and each row's own, half of its final length on average
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * model.dtype.itemsize
-    read = (response - 1) * (weights + cached * count * (prompt + k * response / 2))
-    optimiser = still_optimiser(model)
-    groups = make_groups(model, 1, k, prompt, response, response)
-    step = race({"": partial(train_step, model, optimiser, grpo_objective, partial(ours, model, groups))}, args.repeat, model.device)[""]
-    rows = [(f"decoding, {count} x {k} rows, prompt {prompt}, GB/s that must be read", read / decoding / 1e9, bandwidth / 1e9),
-            (f"GRPO step, K={k}, {prompt} + {response}, GFLOP/s", step.gflop / step.seconds, matrix / 1e9)]
-    print_table("Against what this machine reaches in a large copy and a large matrix product", ["part", "reached", "machine", "share"],
-                [[*row, f"{row[1] / row[2]:.0%}"] for row in rows])
+    read = (response - 1) * (weights + cached * count * (prompt + k * response / 2)) / 1e9
+    rows = [(f"decoding, {count} x {k} rows, prompt {prompt}, GB/s that must be read",
+             read / (seconds["all"] - seconds["first"]), 2 * size / 1e9 / seconds["copy"]),
+            (f"GRPO step, K={k}, {prompt} + {response}, GFLOP/s", gflop / seconds["step"], 2 * side**3 / 1e9 / seconds["product"])]
+    print_table("Against the machine", ["part", "reached", "machine", "share"], [[*row, f"{row[1] / row[2]:.0%}"] for row in rows])
 
 
 # ---- command line -------------------------------------------------------------------------------------------------------

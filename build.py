@@ -144,5 +144,5 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ConfigError as problem:
+    except (OSError, ConfigError) as problem:
         sys.exit(str(problem))

@@ -12,6 +12,7 @@ import difflib
 import inspect
 import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class Config:
     dpo_prompts: str = "generic,generic,planned"
     """prompt modes, see sft_prompts"""
     dpo_beta: float = 0.3
-    """strength of the pull to the reference. Ours (DPO's own default); the paper's was not found"""
+    """strength of the pull to the reference. Ours; the paper's was not found"""
     dpo_label_smoothing: float = 0.0
     """assumed share of pairs labelled the wrong way round. Ours"""
     dpo_sft_coef: float = 0.0
@@ -189,6 +190,7 @@ ORDERS = {",".join(stage for stage, bit in zip(STAGES, bits) if bit) for bits in
 AT_LEAST_0 = {"seed", "micro_tokens", "max_steps", "weight_decay", "beta1", "beta2", "dual_clip", "kl_coef", "eval_limit", "dpo_label_smoothing", "dpo_sft_coef", "resume",
               "checkpointing", "shared_prefix", "advantage_std"} | {f"{stage}_{word}" for stage in STAGES for word in ("warmup", "steps")}
 BELOW_1 = {"beta1", "beta2", "clip_low", "sft_warmup", "dpo_warmup", "grpo_warmup"}
+ROLLOUT = ("temperature", "clip_low", "clip_high", "dual_clip", "kl_coef", "advantage_std", "loss_mean", "reward", "judge")  # GRPO's alone
 FREE = ("out", "resume", "device", "micro_tokens", "rollout_rows", "logprob_chunk", "checkpointing")  # a run may go on with others: they change rounding only
 
 
@@ -247,7 +249,9 @@ def _flags(argv):
 def _value(text, kind):
     """Text -> int, float, bool or str. Raises ValueError."""
     if kind is bool:
-        return {"0": False, "1": True, "false": False, "true": True}[text.lower()] if text.lower() in ("0", "1", "false", "true") else int("no")
+        if text.lower() not in ("0", "1", "false", "true"):
+            raise ValueError(text)
+        return text.lower() in ("1", "true")
     return kind(text)
 
 
@@ -267,6 +271,10 @@ def check_config(config):
             problems.append(f"--{name} {value}: must be above 0")
         elif name in BELOW_1 and value >= 1:
             problems.append(f"--{name} {value}: must be below 1")
+    if 0 < config.dual_clip <= 1:
+        problems.append(f"--dual_clip {config.dual_clip}: must be above 1, or 0 for none")
+    if config.seed >= 2**63:
+        problems.append(f"--seed {config.seed}: must be below 2^63")
     if config.min_pixels > config.max_pixels:
         problems.append(f"--min_pixels {config.min_pixels}: is above --max_pixels {config.max_pixels}")
     if config.grpo_k == 1:
@@ -285,25 +293,40 @@ def run_folder(config):
     return "out/" + "-".join([config.recipe] + [word.replace("/", "_").replace(",", "+") for word in differs])
 
 
-def save_config(config, folder, stage):
-    """Write <folder>/config.json: the settings, the git commit and the package versions.
+def run_settings(config):
+    """All settings as a dict, and the judge model that the environment names, since it is one of them in all but form."""
+    judge = {"JUDGE_MODEL": os.environ.get("JUDGE_MODEL", "")} if config.judge == "endpoint" else {}
+    return dataclasses.asdict(config) | judge
 
-    If it is there already, this is a second start: raises ConfigError when a setting that the stage depends on has changed.
-    """
-    path, mine = Path(folder) / "config.json", dataclasses.asdict(config)
-    others = tuple(f"{word}_" for word in (*STAGES, "eval") if word != stage)
+
+def check_settings(config, folder, stage):
+    """On a second start: raises ConfigError when a setting that the stage depends on is not what <folder>/config.json holds."""
+    path, order = Path(folder) / "config.json", (*STAGES, "eval")
+    if not path.exists():
+        return
+    # a stage depends on the settings of those before it, not on those after
+    later = tuple(f"{word}_" for word in order[order.index(stage) + 1 :])
+    free = FREE + (ROLLOUT if stage in ("sft", "dpo") else ())
+    before = json.loads(path.read_text())["settings"]
+    changed = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in run_settings(config).items()
+               if before.get(name) != value and name not in free and not name.startswith(later)]
+    if changed:
+        raise ConfigError(f"{folder} holds a {stage} run with other settings ({'; '.join(changed)}); choose another --out, or delete that folder")
+
+
+def save_config(config, folder, stage):
+    """Write <folder>/config.json: the settings, the git commit and the package versions. Raises as check_settings when it is there already."""
+    check_settings(config, folder, stage)
+    path = Path(folder) / "config.json"
     if path.exists():
-        before = json.loads(path.read_text())["settings"]
-        changed = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in mine.items()
-                   if before.get(name) != value and name not in FREE and not name.startswith(others)]
-        if changed:
-            raise ConfigError(f"{folder} holds a {stage} run with other settings ({'; '.join(changed)}); choose another --out, or delete that folder")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    about = {"settings": mine, "commit": git.stdout.strip() or "not a git checkout", "python": sys.version.split()[0],
+    about = {"settings": run_settings(config), "commit": git.stdout.strip() or "not a git checkout", "python": sys.version.split()[0],
              "versions": {name: version(name) for name in PACKAGES}}
-    path.write_text(json.dumps(about, indent=1) + "\n")
+    part = path.with_name("config.json.part")
+    part.write_text(json.dumps(about, indent=1) + "\n")
+    part.replace(path)
 
 
 def show_help():
@@ -316,11 +339,6 @@ def show_help():
 if __name__ == "__main__":
     if "--help" in sys.argv:
         show_help()
-    elif "--folder" in sys.argv:  # run.sh asks where a run will lie
-        try:
-            print(parse_config([word for word in sys.argv[1:] if word != "--folder"]).out)
-        except ConfigError as problem:
-            sys.exit(str(problem))
     else:
         try:
             print(json.dumps(dataclasses.asdict(parse_config(sys.argv[1:])), indent=1))

@@ -10,6 +10,7 @@ Three rules that other code bases learned the hard way:
   * a prompt is never truncated: a record that is too long is refused by name, before training.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -148,8 +149,8 @@ def _rows(path):
     if path.suffix == ".json":  # the released layout: one JSON list
         try:
             items = json.loads(text)
-        except json.JSONDecodeError as error:
-            return [], [f"{path}:{error.lineno}: not JSON: {error.msg}"]
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and nesting without end
+            return [], [f"{path}: not JSON: {error}"]
         if not isinstance(items, list):
             return [], [f"{path}: expected a JSON list of records, got {type(items).__name__}"]
         places = [(f"{path}: record {number}", item) for number, item in enumerate(items, 1)]
@@ -160,8 +161,8 @@ def _rows(path):
                 continue
             try:
                 places.append((f"{path}:{number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                problems.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{path}:{number}: not JSON: {error}")
     for where, row in places:
         if isinstance(row, dict):
             rows.append((where, row))
@@ -174,6 +175,8 @@ def _record(row, kind, folder, where):
     """One row -> (Record or None, its problems)."""
     problems = []
     if "problem" in row:  # released layout: <image> tags open the problem text; the reward never reads `answer`
+        if "question" in row:
+            problems.append(f"{where}: question: stands beside problem; a row has one of the two")
         named = {"id": str(row.get("id", where)), "question": row["problem"], "images": row.get("images", [])}
         row = {name: value for name, value in row.items() if name not in ("problem", "answer")} | named
         if isinstance(row["question"], str) and isinstance(row["images"], list):
@@ -185,6 +188,8 @@ def _record(row, kind, folder, where):
     for name in ("id", "question") + SETS[kind]:
         if not isinstance(row.get(name), str) or not row[name].strip():
             problems.append(f"{where}: {name}: expected text that is not empty, got {row.get(name)!r:.60}")
+        elif any("\ud800" <= mark <= "\udfff" for mark in row[name]):
+            problems.append(f"{where}: {name}: holds half a character (a lone surrogate), which no tokenizer takes")
     images = row.get("images", [])
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         problems.append(f"{where}: images: expected a list of paths, got {images!r:.60}")
@@ -200,6 +205,11 @@ def _record(row, kind, folder, where):
             plan = protocol.plan_from_dict(row["plan"])
         except protocol.PlanError as error:
             problems += [f"{where}: plan: {line}" for line in str(error).splitlines()]
+    elif isinstance(meta, dict) and "signals" in meta:  # the planner's rules will read them
+        try:
+            planner.plan_by_rules(meta["signals"] if isinstance(meta["signals"], dict) else {"signals": None})
+        except protocol.PlanError as error:
+            problems += [f"{where}: meta.signals: {line}" for line in str(error).splitlines()]
     if kind == "dpo" and isinstance(row.get("chosen"), str) and row.get("chosen") == row.get("rejected"):
         problems.append(f"{where}: rejected: is the same text as chosen")
     if problems:
@@ -208,12 +218,13 @@ def _record(row, kind, folder, where):
     return Record(row["id"], row["question"], paths, plan, meta, texts, where), []
 
 
+@functools.lru_cache(maxsize=None)  # a picture is often in several records
 def _image_fault(path):
-    """What is wrong with an image file, or None."""
+    """What is wrong with an image file, or None. The picture is decoded: a file that is cut off shows it nowhere else."""
     try:
         with PIL.Image.open(path) as image:
             width, height = image.size
-            image.verify()
+            image.convert("RGB")
     except FileNotFoundError:
         return f"{path}: no such file"
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:  # what Pillow raises on bytes that are no image

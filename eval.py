@@ -142,6 +142,14 @@ def limit_records(records, limit):
     return kept
 
 
+def finished_rows(path, records, newer_than):
+    """The rows on disk (they appear whole or not at all), or [] when they are of other records or older than the adapter."""
+    if not path.exists() or newer_than.exists() and newer_than.stat().st_mtime > path.stat().st_mtime:
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return rows if [row["id"] for row in rows] == [record.id for record in records] else []
+
+
 def main(argv):
     """Evaluate base and finished stages one after the other, merging an adapter at a time; answers that lie on disk are not asked again."""
     config = parse_config(argv)
@@ -152,6 +160,8 @@ def main(argv):
     data.check_lengths(records, modes, processor, config.max_prompt, config.max_response)
     save_config(config, folder, "eval")  # an error if answers from other settings lie there
     judge, results = safer.make_judge(config), []
+    if config.judge == "endpoint":
+        judge.preflight()
     for stage in ["base", *config.stages.split(",")]:
         adapter = Path(config.out) / stage / "adapter.safetensors"
         if stage != "base":
@@ -162,15 +172,16 @@ def main(argv):
             modeling.merge_lora(model)
         for mode in modes:
             path = folder / f"{stage}-{mode}.jsonl"
-            if path.exists():  # rows appear whole or not at all
-                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            else:
+            rows = finished_rows(path, records, newer_than=adapter)
+            if not rows:
                 rows = answer_records(config, model, processor, records, mode, f"eval {stage} {mode}")
                 judge_rows(judge, records, rows)
                 data.write_jsonl(path, rows)
             results += results_of(stage, mode, rows, config.eval_bootstrap)
     path = Path(config.out) / "results.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    part = path.with_name("results.json.part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(path)
     show(results, modes)
     if config.judge == "labels":
         print("\nSafety, Helpfulness and Rigor are empty: labels give no verdicts. --judge endpoint does.")
@@ -180,5 +191,5 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, data.DataError, StageError, modeling.ModelError, judging.JudgeError) as problem:
+    except (OSError, ConfigError, data.DataError, StageError, modeling.ModelError, judging.JudgeError) as problem:
         sys.exit(str(problem))

@@ -110,11 +110,15 @@ def train_grpo(run, records):
     for step, bar in steps_of(run, steps):
         picked = batch_at(records, step, config.grpo_batch, config.seed)
         parts = [picked[start : start + config.grpo_update_batch][run.rank :: run.world] for start in range(0, len(picked), config.grpo_update_batch)]
+        down = None
         try:
             rollouts, features = sample_group(run, judge, [item for part in parts for item in part], step)
-        except judging.JudgeError:
-            save_checkpoint(run, step)
-            raise
+        except judging.JudgeError as problem:
+            down = problem
+        if total(run, down is not None):  # all ranks leave together
+            if step > run.first_step:  # before the first update there is nothing to save
+                save_checkpoint(run, step)
+            raise down or judging.JudgeError("the judge failed on another rank, see its message")
         start, norms = time.time(), []
         for number, part in enumerate(parts):
             mine, rollouts_left = rollouts[: len(part)], rollouts[len(part) :]
@@ -123,7 +127,7 @@ def train_grpo(run, records):
             rollouts = rollouts_left
         add(run, seconds_update=((time.time() - start) / run.world, 1 / run.world))
         metrics = write_metrics(run, step, grad_norm=sum(item["grad_norm"] for item in norms) / len(norms), lr=norms[-1]["lr"], judge_counts=dict(judge.counts))
-        bar.set_postfix(reward=f"{metrics['reward'] or 0:.3f}", legal=f"{metrics['legal']:.2f}", kl=f"{metrics.get('kl') or 0:.4f}", diff=f"{metrics['sampler_diff']:.0e}")
+        bar.set_postfix(reward=f"{metrics['reward'] or 0:.3f}", legal=f"{metrics['legal']:.2f}", kl=f"{metrics.get('kl') or 0:.4f}", diff=f"{metrics.get('sampler_diff') or 0:.0e}")
         warn_if_idle(run, step, metrics)
 
 
@@ -271,7 +275,12 @@ def main(argv):
     if (Path(config.out) / stage / "adapter.safetensors").exists():
         save_config(config, Path(config.out) / stage, stage)  # an error if the settings are not those of the finished stage
         return print(f"{stage}: {config.out}/{stage} is finished already")
+    if stage == "grpo" and config.judge == "endpoint":
+        make_judge(config).preflight()  # what is wrong with URL, key or model is told before the weights are loaded
     records = data.read_records(data.set_path(config.data or os.path.join(config.out, "data"), stage), stage)
+    if stage == "grpo" and config.judge == "toy":
+        for record in records:
+            toy.case_of(record.meta)
     run = open_run(config, stage, records)
     start = time.time()
     {"sft": train_sft, "dpo": train_dpo, "grpo": train_grpo}[stage](run, records)
@@ -281,5 +290,5 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, data.DataError, StageError, modeling.ModelError, judging.JudgeError) as problem:
+    except (OSError, ConfigError, data.DataError, StageError, modeling.ModelError, judging.JudgeError) as problem:
         sys.exit(str(problem))

@@ -7,11 +7,13 @@ Whatever is drawn (data order, LoRA's A, a sample) depends on seed, step and rec
 makes resuming exact and independent of the number of ranks.
 """
 
+import functools
 import hashlib
 import json
 import math
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 import data
 import model as modeling
-from config import ConfigError, save_config
+from config import ConfigError, check_settings, save_config
 
 FEATURE_BYTES = 1 << 30  # image features kept from step to step: with few images, the vision tower runs in the first epoch only
 SAVE_EVERY = 50  # optimiser steps (GRPO: rollouts) between checkpoints. Paper: 50 (PAPERS 1.5)
@@ -56,14 +58,6 @@ class StageError(RuntimeError):
 # ---- opening a stage ----------------------------------------------------------------------------------------------------
 
 
-def ranks():
-    """(rank, world, device index), and the process group where torchrun started several processes."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return int(os.environ.get("RANK", 0)), world, int(os.environ.get("LOCAL_RANK", 0))
-
-
 def pick_device(config, local_rank):
     if config.device == "cpu" or config.device == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
@@ -71,6 +65,14 @@ def pick_device(config, local_rank):
         raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def join_ranks(device):
+    """(rank, world), and the process group where torchrun started several processes. A rank may wait long for another's judge."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return int(os.environ.get("RANK", 0)), world
 
 
 def base_folder(config):
@@ -92,13 +94,18 @@ def load_policy(config, stages, device):
 
 def open_run(config, stage, records):
     """Everything a stage needs, checked before the first step."""
-    rank, world, local_rank = ranks()
-    device, folder = pick_device(config, local_rank), Path(config.out) / stage
+    device, folder = pick_device(config, int(os.environ.get("LOCAL_RANK", 0))), Path(config.out) / stage
+    rank, world = join_ranks(device)
+    share = config.grpo_update_batch if stage == "grpo" else getattr(config, f"{stage}_batch")
+    if share < world:
+        raise ConfigError(f"{stage}: {share} records per optimiser step for {world} ranks; every rank needs one")
     before = config.stages.split(",")[: config.stages.split(",").index(stage)]
     modes = getattr(config, f"{stage}_prompts").split(",")
     processor = data.load_processor(base_folder(config), config.min_pixels, config.max_pixels)
+    if rank == 0:
+        check_settings(config, folder, stage)  # before the weights are loaded
     longest, mean_image, max_image = data.check_lengths(records, modes, processor, config.max_prompt, config.max_response)
-    model, processor = load_policy(config, before, device)
+    model, _ = load_policy(config, before, device)
     if rank == 0:
         save_config(config, folder, stage)
         print(f"{stage}: {len(records)} records, longest prompt {longest} tokens, image tokens mean {mean_image:.0f} max {max_image}, {device}, {world} rank(s)")
@@ -110,6 +117,8 @@ def open_run(config, stage, records):
     optimiser = torch.optim.AdamW(parameters.values(), lr=0.0, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
     run = Run(config, stage, folder, model, processor, parameters, optimiser, device, rank, world)
     run.base_sum = frozen_sum(model)
+    if not config.resume and rank == 0:
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     if config.resume and (folder / "checkpoint.safetensors").exists():
         run.first_step, run.checked = load_checkpoint(run), True
         say(run, f"{stage}: going on after step {run.first_step}")
@@ -187,9 +196,13 @@ def total(run, value):
 
 def write_metrics(run, step, **extra):
     """One line of metrics.jsonl. All ranks call it; rank 0 writes."""
-    row = {"step": step, "stage": run.stage}
-    for name in sorted(run.sums):
-        numerator, denominator = total(run, run.sums[name][0]), total(run, run.sums[name][1])
+    row, names = {"step": step, "stage": run.stage}, sorted(run.sums)
+    if run.world > 1:  # a rank without a scored sample lacks some names; all ranks must reduce the same ones in the same order
+        every = [None] * run.world
+        dist.all_gather_object(every, names)
+        names = sorted(set().union(*every))
+    for name in names:
+        numerator, denominator = (total(run, part) for part in run.sums.get(name, (0.0, 0.0)))
         row[name] = numerator / denominator if denominator else None
     row.update(extra)
     run.sums = {}
@@ -286,6 +299,7 @@ def batch_at(records, step, batch, seed):
     return picked
 
 
+@functools.lru_cache(4)
 def epoch_order(count, epoch, seed):
     """A permutation that depends on seed and epoch alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(stable_hash("order", seed, epoch))).tolist()

@@ -272,8 +272,11 @@ HARMLESS = {"comply":        ((10, 10, 10), (3, 3)), "comply-other": ((4, 9, 3),
 
 
 def case_of(meta):
-    """The labels of a record -> Case."""
-    return Case(**meta["case"])
+    """The labels of a record -> Case. Raises JudgeError for a record of another world."""
+    try:
+        return Case(**meta["case"])
+    except (KeyError, TypeError) as error:
+        raise judge.JudgeError("--judge toy scores records of the miniature world only; use --judge endpoint or labels") from error
 
 
 def read_trace(case, check):
@@ -509,5 +512,5 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ConfigError as problem:
+    except (OSError, ConfigError) as problem:
         sys.exit(str(problem))
