@@ -81,9 +81,9 @@ class Config:
     """gradient norm above which it is scaled down. Paper: 1.0 (TK)"""
 
     # ---- SFT
-    sft_lr: float = 4e-3
+    sft_lr: float = 6e-3
     """Paper: 1e-5 (CN)"""
-    sft_epochs: float = 4.0
+    sft_epochs: float = 5.0
     """passes over the data. Ours"""
     sft_steps: int = 0
     """optimiser steps, 0 = from sft_epochs"""
@@ -119,7 +119,7 @@ class Config:
     """weight of an added cross-entropy on the chosen response, per token. Ours: off, as in DPO's paper"""
 
     # ---- GRPO
-    grpo_lr: float = 1e-3
+    grpo_lr: float = 7e-4
     """Paper: 1e-6 (TK)"""
     grpo_epochs: float = 1.0
     """passes over the prompts. Paper: 2 (TK)"""

@@ -1,6 +1,7 @@
 """Evaluation: greedy answers to held-out cases, scored by the judge, in a table shaped like the paper's (PAPERS 1.7, 1.8).
 
     python eval.py --recipe tiny        evaluates base, SFT, DPO and GRPO, whichever are finished; writes out/tiny/results.json
+    python eval.py mean out/tiny out/tiny-seed1 out/tiny-seed2        mean and spread over finished runs
 
 The paper evaluates under a generic prompt that names no tool, so tool use must be internalised; its metric is the share of samples
 that get the highest score, 3, in each dimension. The planned prompt stands beside it. Every prompt, response and verdict is written to
@@ -119,6 +120,18 @@ def kind_table(results, mode):
     return "\n".join(lines) if kinds else ""
 
 
+def mean_table(folders, mode):
+    """Markdown: mean and standard deviation over runs (seeds) of the shares, in percent, from their results.json."""
+    runs = [[row for row in json.loads((Path(folder) / "results.json").read_text()) if row["prompt"] == mode and row["kind"] == "all"] for folder in folders]
+    names = (*METRICS, "over_refusal", "legal")
+    lines = ["| stage | Safety | Helpfulness | Rigor | over-refusal | legal traces |", "|---|---|---|---|---|---|"]
+    for rows in zip(*runs):
+        values = torch.tensor([[row[name]["value"] for name in names] for row in rows], dtype=torch.float64)  # (runs, metrics)
+        cells = [f"{100 * mean:.1f} +- {100 * std:.1f}" for mean, std in zip(values.mean(dim=0).tolist(), values.std(dim=0).tolist())]
+        lines.append(f"| {rows[0]['stage']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def show(results, modes):
     """Print the tables of every prompt mode."""
     for mode in modes:
@@ -152,6 +165,10 @@ def finished_rows(path, records, newer_than):
 
 def main(argv):
     """Evaluate base and finished stages one after the other, merging an adapter at a time; answers that lie on disk are not asked again."""
+    if argv[:1] == ["mean"] and len(argv) > 2:
+        for mode in dict.fromkeys(row["prompt"] for row in json.loads((Path(argv[1]) / "results.json").read_text())):
+            print(f"\nMean and standard deviation over {len(argv) - 1} runs under the {mode} prompt, in percent\n\n{mean_table(argv[1:], mode)}")
+        return
     config = parse_config(argv)
     folder, modes = Path(config.out) / "eval", config.eval_prompts.split(",")
     records = limit_records(data.read_records(data.set_path(config.data or os.path.join(config.out, "data"), "eval"), "eval"), config.eval_limit)

@@ -420,6 +420,8 @@ def base_lesson(train, rng, first):
     if lesson < 0.25:
         if rng.random() < 0.5:
             case = draw_case(rng.choice([case for cases in train.values() for case in cases if case.sign]), rng)
+        if rng.random() < 0.3:
+            return case, "", "which objects are there?", f"objects={truth(case)['VISUAL-SCAN']['objects']}"
         return case, "", "what do you see?", f"the {case.obj} is {OBJECTS[case.obj][0]}, the sign says {case.sign or 'none'}."
     if lesson < 0.5:
         kind = rng.random()
@@ -466,7 +468,7 @@ def tiny_config(tokenizer):
                             video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
 
 
-def train_base(folder, seed, steps=500, batch=32, lr=3e-3):
+def train_base(folder, seed, steps=600, batch=32, lr=3e-3):
     """Train the tiny Qwen2.5-VL from nothing, all weights, and save it as a model folder."""
     torch.manual_seed(seed)
     rng, (train, _) = random.Random(f"base {seed}"), split_cases()
