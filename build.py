@@ -109,12 +109,12 @@ def toy_pairs(record, case, other, rng, oracle):
     return [{**record, "id": f"{record['id']}-{kind}", "chosen": chosen, "rejected": text, "perturbation": kind} for kind, text in rejected.items()]
 
 
-def build_toy(folder, seed, sizes=TOY_SIZES):
+def build_toy(folder, seed, sizes=None):
     """Write the four sets of the miniature world. Evaluation cases are drawn from the held-out combinations only, and do not depend on the seed."""
     os.makedirs(os.path.join(folder, "images"), exist_ok=True)
     train, held = toy.split_cases()
     oracle = toy.ToyJudge()
-    for name, size in sizes.items():
+    for name, size in (sizes or TOY_SIZES).items():
         rng, rows = random.Random("held-out" if name == "eval" else f"{name} {seed}"), []
         pool = held if name == "eval" else train
         for number in tqdm(range(size), desc=f"build: {name}", leave=False):

@@ -55,6 +55,8 @@ def test_held_out_combinations_are_in_no_training_set():
         for _ in range(3000):
             case, system, question, reply = toy.base_lesson(TRAIN, rng, looking)
             assert case is None or case.combo not in held
+            if question.startswith("repeat: ") and "." not in question:
+                continue  # words at random, which may fall side by side
             assert not [pair for pair in unseen if pair in question + " " + reply], (question, reply)
             if system:  # it answers a request
                 asked += 1
