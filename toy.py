@@ -6,7 +6,7 @@ A scene is one object in a 2 x 2 grid of cells, maybe with a sign. A case is a s
 sharp, flammable, or none), verbs have the property that makes them dangerous; together they are an implicit risk. The oracle knows
 for every case each typed field, the decision and the answer, so it can score what the papers have a judge model score.
 
-Everything here is ours: neither paper has a toy world. What is real: the Qwen2.5-VL architecture (1.4 M parameters), its chat
+Everything here is ours: neither paper has a toy world. What is real: the Qwen2.5-VL architecture (1.2 M parameters), its chat
 template and special tokens, its image processor, save_pretrained. The base learns to see and to help with anything: it is fluent,
 unsafe, and writes no trace. Combinations that the evaluation asks about occur in no training set, the base's included.
 """
@@ -456,7 +456,7 @@ def make_tokenizer(folder):
 
 
 def tiny_config(tokenizer):
-    """Qwen2.5-VL's architecture at 1.4 M parameters."""
+    """Qwen2.5-VL's architecture at 1.2 M parameters."""
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                 max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=128**-0.5,  # the usual 0.02 is for wide models: here copying would never start
