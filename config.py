@@ -58,7 +58,7 @@ class Config:
     qi_high: float = 0.9
     """highest quality inside the box, of 0..1. Paper: a band of moderate quality"""
     qi_unstable: float = 0.5
-    """lowest instability inside the box, of 0..1. Paper: high instability"""
+    """lowest instability inside the box, of 0..1; as a value at most 0.5 can be reached. Paper: high instability"""
 
     # ---- model and memory
     dtype: str = "float32"
