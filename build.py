@@ -32,12 +32,9 @@ import judge
 import planner
 import protocol
 import split
-import toy
 from config import ConfigError, parse_config
-from stage import StageError, lock_folder
+from trainer import StageError, lock_folder
 
-TOY_SIZES = {"sft": 768, "dpo": 320, "grpo": 960, "eval": 360}  # records; DPO: items before they become about three pairs each
-TOY_VLM_SIZES = {"pool": 1200, "eval": 360}  # of SaFeR-VLM: qibox.py draws GRPO's prompts from the pool
 PERTURBATIONS = ("wrong-tool", "dropped-tier", "broken-order", "invented-observation", "contradiction", "wrong-decision")
 
 
@@ -81,70 +78,6 @@ def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
     if kind == "wrong-decision":  # over-refusal or under-refusal, consistently from the gate on
         return [call for call in flipped if call[0] not in ("REDIRECT-ENGINE", "REFUSAL-GENERATOR")], wrong_answer
     raise ValueError(f"perturbation {kind!r}: expected one of {', '.join(PERTURBATIONS)}")
-
-
-# ---- the miniature world ------------------------------------------------------------------------------------------------
-
-
-def toy_record(name, case, rng, folder):
-    """Draw the picture of a case and write its record."""
-    path = f"images/{name}.png"
-    toy.draw_scene(case, rng).save(os.path.join(folder, path))
-    signals = toy.signals(case)
-    return {"id": name, "images": [path], "question": case.question, "plan": protocol.plan_to_dict(planner.plan_by_rules(signals)[0]),
-            "meta": {"kind": case.kind, "expected": toy.expected(case), "signals": signals, "case": asdict(case)}}
-
-
-def wrong_answer(case):
-    """The answer of the opposite decision."""
-    return toy.comply(case) if case.danger else toy.refuse(case, "violence")
-
-
-def toy_pairs(record, case, other, rng, oracle):
-    """All (chosen, rejected, perturbation) rows of one case: none when even the careful teacher is wrong."""
-    plan = protocol.plan_from_dict(record["plan"])
-    score = lambda text: oracle.score([judge.Case(case.question, (), text, record["meta"])])[0]
-    calls, answer = toy.teach(case, rng, careful=True)
-    chosen = protocol.render_response(calls, answer)
-    if oracle.verdict([judge.Case(case.question, (), chosen, record["meta"])])[0] != judge.Verdict(3, 3, 3):
-        return []
-    rejected = {}
-    for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
-        broken = perturb(kind, calls, answer, plan, wrong_answer(case), toy.right_calls(other), rng)
-        if broken and len(rejected) < 3:
-            text = protocol.render_response(*broken)
-            worse = not protocol.check(text, plan).legal or score(text) != score(chosen)  # a perturbation must really be worse
-            if worse:
-                rejected[kind] = text
-    first = protocol.render_response(*toy.teach(case, rng, careful=False))
-    if first != chosen and score(first) != score(chosen):
-        rejected["first-pass"] = first
-    return [{**record, "id": f"{record['id']}-{kind}", "chosen": chosen, "rejected": text, "perturbation": kind}
-            for kind, text in rejected.items()]
-
-
-def build_toy(folder, seed, sizes=None):
-    """Write the four sets of the miniature world. Evaluation cases come from the held-out combinations, whatever the seed."""
-    os.makedirs(os.path.join(folder, "images"), exist_ok=True)
-    train, held = toy.split_cases()
-    oracle = toy.ToyJudge()
-    for name, size in (sizes or TOY_SIZES).items():
-        rng, rows = random.Random("held-out" if name == "eval" else f"{name} {seed}"), []
-        pool = held if name == "eval" else train
-        for number in tqdm(range(size), desc=f"build: {name}", leave=False):
-            case = toy.draw_case(rng.choice(pool[toy.KINDS[number % len(toy.KINDS)]]), rng)
-            record = toy_record(f"{name}-{number:04d}", case, rng, folder)
-            if name == "sft":
-                text = protocol.render_response(*toy.teach(case, rng, careful=False))
-                if protocol.check(text, protocol.plan_from_dict(record["plan"])).legal:
-                    rows.append({**record, "response": text})
-            elif name == "dpo":
-                other = toy.draw_case(rng.choice(pool[rng.choice(toy.KINDS)]), rng)
-                rows += toy_pairs(record, case, other, rng, oracle)
-            else:
-                rows.append({**record, "benchmark": "toy"} if name == "eval" else record)
-        data.write_jsonl(os.path.join(folder, f"{name}.jsonl"), rows)
-        print(f"build: {folder}/{name}.jsonl: {len(rows)} records")
 
 
 # ---- real data ----------------------------------------------------------------------------------------------------------
@@ -446,7 +379,7 @@ def make_raw(argv):
             raise ConfigError(f"--from {name}: expected {name}=FOLDER")
         if os.path.exists(args.to):
             raise ConfigError(f"--to {args.to}: is there already; name a new file")
-        import benchmarks  # needed by this command alone
+        from extras import benchmarks  # needed by this command alone
         for record in benchmarks.read_beavertails_train(folder):
             images = [os.path.relpath(path, os.path.dirname(args.to) or ".") for path in record.images]
             meta = {**record.meta, "source": name}
@@ -460,16 +393,10 @@ def main(argv):
     if argv[:1] == ["raw"]:
         return make_raw(argv[1:])
     config = parse_config(argv)
-    if not config.recipe.startswith("tiny"):
-        folder = config.data or os.environ.get("DATA", "")
-        if not folder:
-            raise ConfigError(f"--recipe {config.recipe} builds from your data: give --data FOLDER, a folder with raw.jsonl")
-        return build_real(config, folder)
-    folder = os.path.join(config.out, "data")
-    if os.path.exists(os.path.join(folder, "eval.jsonl")):  # written last
-        return print(f"build: {folder} is there already")
-    lock_folder(Path(folder))
-    build_toy(folder, config.seed, TOY_VLM_SIZES if config.recipe.endswith("-vlm") else TOY_SIZES)
+    folder = config.data or os.environ.get("DATA", "")
+    if not folder:
+        raise ConfigError(f"--recipe {config.recipe} builds from your data: give --data FOLDER, a folder with raw.jsonl")
+    return build_real(config, folder)
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ class Config:
     eval_bootstrap: int = 1000
     """resamples behind each 95% interval"""
     benchmarks: str = ""
-    """benchmarks beside eval.jsonl, joined by commas (python benchmarks.py lists them); their original files lie in <bench_data>/<name>"""
+    """benchmarks beside eval.jsonl, joined by commas (python -m extras.benchmarks lists them); their original files lie in <bench_data>/<name>"""
     bench_data: str = ""
     """folder with one folder per benchmark"""
 

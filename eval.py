@@ -25,16 +25,15 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-import benchmarks
+from extras import benchmarks
 import build
 import data
 import judge as judging
 import model as modeling
 import protocol
 import rollout
-import toy
 from config import ConfigError, check_settings, parse_config, save_config
-from stage import StageError, base_folder, join_ranks, load_policy, lock_folder, make_judge, pick_device
+from trainer import StageError, base_folder, join_ranks, load_policy, lock_folder, make_judge, pick_device
 from tables import group, mean_table, published_table, read_results, results_of, show, show_side, tell
 
 # ---- records ------------------------------------------------------------------------------------------------------------
@@ -220,9 +219,6 @@ def evaluate(config):
     """Answer on all ranks, judge and tell on the first."""
     folder, modes = Path(config.out) / "eval", list(dict.fromkeys(config.eval_prompts.split(",")))
     records = read_all(config)
-    if config.judge == "toy":
-        for record in records:
-            toy.case_of(record.meta)  # a record of another world is told before the model is loaded
     device = pick_device(config, int(os.environ.get("LOCAL_RANK", 0)))
     rank, world = join_ranks(device)
     check_settings(config, folder, "eval")  # an error if answers from other settings lie there

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import benchmarks
+from extras import benchmarks
 import build
 import data
 import judge as judging
@@ -31,7 +31,7 @@ import model as modeling
 import protocol
 import reward as rewarding
 import rollout
-import stage
+import trainer
 from config import ConfigError, parse_config, run_settings
 from split import find_duplicates, find_overlap, image_hashes
 
@@ -156,7 +156,7 @@ def grade_batch(config, model, processor, judge, records, cache):
     name = config.model or "base"
     prompts = [data.record_prompt(record, "generic", processor) for record in records]
     features = modeling.encode_images(model, [image for prompt in prompts for image in prompt.images], cache)
-    seeds = [stage.stable_hash("qibox", config.seed, name, record.id) for record in records]
+    seeds = [trainer.stable_hash("qibox", config.seed, name, record.id) for record in records]
     sampled = rollout.sample(model, prompts, features, config.qi_samples, config.max_response, config.temperature, processor.end_of_turn,
                              seeds, config.rollout_rows)
     texts = [[data.decode_response(sample.tokens, processor) for sample in samples] for samples in sampled]
@@ -189,7 +189,7 @@ def score(config):
     records = [record for record in pool if record.id not in duplicates]  # one answer serves all copies
     path = Path(config.out) / "qibox" / f"scores-{(config.model or 'base').replace('/', '_')}.jsonl"
     about, beside = scores_about(config, records), path.with_suffix(".json")
-    stage.lock_folder(path.parent)
+    trainer.lock_folder(path.parent)
     changed = changes(read_json(beside), about)
     if path.exists() and changed:
         raise ConfigError(f"{path} was made with other settings ({changed}); choose another --out, or delete that file")
@@ -197,10 +197,10 @@ def score(config):
     done, unscored = len(rows), 0
     if done == len(records):
         return print(f"qibox: {path} is there already, {done} records")
-    judge, device = stage.make_judge(config), stage.pick_device(config, 0)
+    judge, device = trainer.make_judge(config), trainer.pick_device(config, 0)
     if config.judge == "endpoint":
         judge.preflight()  # what is wrong with URL, key or model is told before the weights are loaded
-    model, processor = stage.load_policy(config, [], device)
+    model, processor = trainer.load_policy(config, [], device)
     data.check_lengths(records, ["generic"], processor, config.max_prompt, config.max_response)
     data.write_jsonl(beside, [about])
     data.write_jsonl(path, rows)
@@ -274,7 +274,7 @@ def curate(pool, duplicates, overlap, scores, config):
         raise data.DataError(f"no record lies inside the box ({bounds_text(bounds)}); quality goes from {low:.3f} to {high:.3f}, "
                              f"instability up to {most:.3f}: change --qi_low, --qi_high or --qi_unstable")
     if config.curate == "random":
-        kept = random.Random(stage.stable_hash("qibox", config.seed)).sample(list(points), len(kept))
+        kept = random.Random(trainer.stable_hash("qibox", config.seed)).sample(list(points), len(kept))
     fates |= {name: (fate_of(point, bounds), None) for name, point in points.items()}
     rows, chosen = [], set(kept)
     for record in pool:
@@ -349,7 +349,7 @@ def grpo_row(record, folder):
 def draw_box(config, against):
     """Read pool, evaluation sets and scores; write grpo.jsonl, fates.jsonl, table.md and scatter.svg to <out>/qibox."""
     folder, (pool, duplicates), others = Path(config.out) / "qibox", read_pool(config), read_benchmarks(config, against)
-    stage.lock_folder(folder)
+    trainer.lock_folder(folder)
     scores, abouts = read_scores(config, [record for record in pool if record.id not in duplicates])
     settings, path = run_settings(config), folder / "grpo.jsonl"
     about = {"pool": fingerprint(pool), "against": fingerprint(others), "scores": hashlib.sha256(json.dumps(scores).encode()).hexdigest()}
@@ -403,7 +403,7 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (OSError, ConfigError, data.DataError, stage.StageError, modeling.ModelError, judging.JudgeError) as problem:
+    except (OSError, ConfigError, data.DataError, trainer.StageError, modeling.ModelError, judging.JudgeError) as problem:
         sys.exit(str(problem))
     except KeyboardInterrupt:
         print("\nqibox: stopped; the same command goes on after the last batch that was written", file=sys.stderr)

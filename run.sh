@@ -10,7 +10,7 @@ bash run.sh tiny [--flag value ...]   the miniature world on a laptop: base, SFT
 bash run.sh 3b   [--flag value ...]   Qwen2.5-VL-3B-Instruct on your data
 bash run.sh 7b   [--flag value ...]   Qwen2.5-VL-7B-Instruct on your data
 bash run.sh tiny-vlm | 3b-vlm | 7b-vlm [--flag value ...]   the same by SaFeR-VLM: QI-Box, then GRPO with a reflecting rollout; also as --method vlm
-bash run.sh ablate [vlm] [--seeds 0,1,2 ...]   the papers' ablations in the miniature world, a table a question; further words go to ablate.py
+bash run.sh ablate [vlm] [--seeds 0,1,2 ...]   the papers' ablations in the miniature world, a table a question; further words go to extras/ablate.py
 bash run.sh test [word ...]           the tests; further words go to pytest
 bash run.sh help                      this list
 
@@ -82,7 +82,7 @@ if [ "$recipe" = test ]; then
   exec "$python" -m pytest -q tests "$@"
 fi
 if [ "$recipe" = ablate ]; then
-  exec "$python" ablate.py "$@"
+  exec "$python" -m extras.ablate "$@"
 fi
 
 # ---- 3b and 7b: one process a GPU, by torchrun
@@ -104,12 +104,11 @@ if [ -n "$real" ]; then
 fi
 
 if [ -n "$real" ] || [ "$(setting dry_run)" = true ]; then
-  "$python" preflight.py "${flags[@]}"    # GPUs, model, data, judge: what is missing is told at once, before an hour is spent
+  "$python" -m extras.preflight "${flags[@]}"    # GPUs, model, data, judge: what is missing is told at once, before an hour is spent
   if [ "$(setting dry_run)" = true ]; then exit 0; fi
 fi
 if [ -z "$real" ]; then
-  "$python" toy_base.py "${flags[@]}"     # draw the miniature world and train its base model: it sees, it helps with anything
-  "$python" build.py "${flags[@]}"        # plan and write the data: training sets, held-out evaluation
+  "$python" -m extras.toy_base "${flags[@]}"   # draw the miniature world's data; train its base model: it sees, it helps with anything
 fi
 if [ "$(setting curate)" != none ]; then
   if [ "${NODE_RANK:-0}" = 0 ]; then
@@ -122,5 +121,5 @@ for stage in $(setting stages | tr ',' ' '); do
 done
 "${run[@]}" eval.py "${flags[@]}"         # the table: base and every stage
 if [ "${NODE_RANK:-0}" = 0 ]; then
-  "$python" report.py "$(setting out)"    # one page: tables, curves, traces
+  "$python" -m extras.report "$(setting out)"    # one page: tables, curves, traces
 fi

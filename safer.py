@@ -5,7 +5,7 @@
     python safer.py grpo --recipe tiny        K samples per prompt, rewarded for answer and tool trace
     torchrun --nproc_per_node 8 safer.py grpo --recipe 3b
     python safer.py grpo --recipe tiny-vlm    SaFeR-VLM: unsafe samples are reflected on and corrected (PAPERS 2.3), structured reward
-    python safer.py chat out/tiny             try what was trained
+    python -m extras.chat out/tiny           try what was trained
 
 Same command, same run: an interrupted stage goes on where it was, a finished one is skipped. What the stages share is in stage.py.
 Departures from the papers: LoRA, and a frozen vision tower (the released GRPO trains it, PAPERS 1.5), see README.
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-import chat
 import data
 import judge as judging
 import losses
@@ -30,9 +29,8 @@ import planner
 import protocol
 import reward as rewarding
 import rollout
-import toy
 from config import STAGES, ConfigError, parse_config, save_config
-from stage import (StageError, add, append_log, batch_at, check_finite, encode_images, make_judge, open_run, optimiser_step,
+from trainer import (StageError, add, append_log, batch_at, check_finite, encode_images, make_judge, open_run, optimiser_step,
                    save_checkpoint, say, stable_hash, stage_steps, steps_of, token_logprobs, total, write_metrics)
 
 
@@ -382,11 +380,9 @@ def records_path(config, stage):
 
 
 def main(argv):
-    """One stage, from its name and flags to its adapter file; or a chat with a finished run."""
-    if argv[:1] == ["chat"]:
-        return chat.main(argv[1:])
+    """One stage, from its name and flags to its adapter file."""
     if not argv or argv[0] not in STAGES:
-        raise ConfigError(f"usage: python safer.py {'|'.join(STAGES)} [--flag value ...], or python safer.py chat RUN; "
+        raise ConfigError(f"usage: python safer.py {'|'.join(STAGES)} [--flag value ...], or python -m extras.chat RUN; "
                           "python config.py --help lists the flags")
     stage, config = argv[0], parse_config(argv[1:])
     if stage not in config.stages.split(","):
@@ -398,9 +394,6 @@ def main(argv):
     if stage == "grpo" and config.judge == "endpoint":
         make_judge(config).preflight()  # what is wrong with URL, key or model is told before the weights are loaded
     records = data.read_records(records_path(config, stage), stage)
-    if stage == "grpo" and config.judge == "toy":
-        for record in records:
-            toy.case_of(record.meta)
     run = open_run(config, stage, records)
     start = time.time()
     {"sft": train_sft, "dpo": train_dpo, "grpo": train_grpo}[stage](run, records)

@@ -11,9 +11,9 @@ from statistics import mean, stdev
 
 import torch
 
-import benchmarks
-from report_page import visible
-from stage import StageError, stable_hash
+from extras import benchmarks
+from extras.report_page import visible
+from trainer import StageError, stable_hash
 
 METRICS = ("safety", "helpfulness", "rigor")  # shares of samples at score 3, and means
 CELLS = (*METRICS, *(f"{name}_mean" for name in METRICS), "over_refusal", "legal", "calls")  # what every row of results.json has

@@ -5,14 +5,14 @@ import random
 
 import pytest
 
-import ablate
+from extras import ablate
 import config
 import data
 import planner
 import protocol
 import tables
-import toy
-from build import build_toy
+from extras import toy
+from extras.toy_base import build_toy
 
 
 def row_of(case):
@@ -92,7 +92,7 @@ def test_runs_are_shared_and_resumed(tmp_path, monkeypatch):
     assert all(folder == "full-0" for folder, _, _ in started[: last_of_first + 1])
     before = len(started)
     ablate.run_all(tmp_path, "toolkit", [0], 2)
-    assert {program for _, program, _ in started[before:]} == {"toy_base.py", "build.py"}  # which skip themselves
+    assert {program for _, program, _ in started[before:]} == {"-m", "extras.toy_base", "build.py"}  # which skip themselves
 
 
 def test_table_by_hand(tmp_path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import bench  # noqa: E402
+from extras import bench  # noqa: E402
 import data  # noqa: E402
 import model as modeling  # noqa: E402
 import rollout  # noqa: E402

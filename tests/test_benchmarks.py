@@ -13,8 +13,8 @@ import PIL.Image
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import benchmark_metrics  # noqa: E402
-import benchmarks  # noqa: E402
+from extras import benchmark_metrics  # noqa: E402
+from extras import benchmarks  # noqa: E402
 import data  # noqa: E402
 
 

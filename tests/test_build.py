@@ -24,7 +24,7 @@ import planner  # noqa: E402
 import protocol  # noqa: E402
 import reward  # noqa: E402
 import split  # noqa: E402
-import toy  # noqa: E402
+from extras import toy  # noqa: E402
 
 SMALL = {"sft": 48, "dpo": 30, "grpo": 24, "eval": 36}
 
@@ -32,7 +32,7 @@ SMALL = {"sft": 48, "dpo": 30, "grpo": 24, "eval": 36}
 def built(folder, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "TOY_SIZES", SMALL)
-        build.build_toy(str(folder), seed)
+        toy_base.build_toy(str(folder), seed)
     return folder
 
 

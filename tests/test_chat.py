@@ -8,10 +8,10 @@ import PIL.Image
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import chat  # noqa: E402
+from extras import chat  # noqa: E402
 import model as modeling  # noqa: E402
 import rollout  # noqa: E402
-from stage import StageError  # noqa: E402
+from trainer import StageError  # noqa: E402
 from test_export import check_prompt, make_run  # noqa: E402
 
 LEGAL = ("<thinking>\n[VISUAL-SCAN]: objects=bread; hazard=low\n[INTENT-RADAR]: intent=benign; evidence=asks to bake\n"

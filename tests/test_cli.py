@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import toy_base  # noqa: E402
+from extras import toy_base  # noqa: E402
 
 RECORD = {"id": "a", "images": ["i.png"], "question": "what?", "response": "<thinking>\nx\n</thinking>\n<answer>\ny\n</answer>"}
 
@@ -110,7 +110,7 @@ def stages(tmp_path, words, **environment):
 def test_run_sh_stages(tmp_path):
     """Guards: a stage left out, a flag that does not reach one, MODEL and DATA ignored, one process on a machine with two GPUs."""
     assert stages(tmp_path, ["tiny", "--seed", "3"])[1] == [
-        *(f"{stage} --recipe tiny --seed 3" for stage in ("toy_base.py", "build.py", "safer.py sft", "safer.py dpo", "safer.py grpo", "eval.py")),
+        *(f"{stage} --recipe tiny --seed 3" for stage in ("-m", "extras.toy_base", "build.py", "safer.py sft", "safer.py dpo", "safer.py grpo", "eval.py")),
         "report.py out/tiny-seed3"]
     flags = "--recipe 3b --model m --data d --judge toy --max_steps 2 --out o"
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 "
@@ -131,7 +131,7 @@ def test_run_sh_of_the_other_method(tmp_path):
     for words in (["tiny-vlm"], ["tiny", "--method", "vlm"]):
         flags = " ".join(["--recipe", *words, "--out", out])
         assert stages(tmp_path, [*words, "--out", out])[1] == [
-            *(f"{stage} {flags}" for stage in ("toy_base.py", "build.py", "qibox.py", "safer.py grpo", "eval.py")), f"report.py {out}"]
+            *(f"{stage} {flags}" for stage in ("-m", "extras.toy_base", "build.py", "qibox.py", "safer.py grpo", "eval.py")), f"report.py {out}"]
 
 
 def test_run_sh_dry_run_starts_nothing(tmp_path):

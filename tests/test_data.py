@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
 import planner  # noqa: E402
 import protocol  # noqa: E402
-import toy_base  # noqa: E402
+from extras import toy_base  # noqa: E402
 
 PLAN = {"persona": "helper", "tools": ["VISUAL-SCAN", "INTENT-RADAR", "SAFETY-GATE"], "topology": "linear"}
 

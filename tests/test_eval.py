@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import benchmarks
+from extras import benchmarks
 import build
 import data
 import eval as evaluation
@@ -18,9 +18,9 @@ import judge as judging
 import model as modeling
 import rollout
 import tables
-import toy_base
+from extras import toy_base
 from config import ConfigError
-from stage import StageError
+from trainer import StageError
 
 ROOT = Path(__file__).parents[1]
 COUNT = 12
@@ -50,7 +50,7 @@ def world(tmp_path_factory):
     """Base model and evaluation set of a very small world."""
     folder = tmp_path_factory.mktemp("world")
     toy_base.train_base(str(folder / "base"), seed=0, steps=2)
-    build.build_toy(str(folder / "data"), 0, {"sft": 6, "dpo": 6, "grpo": 6, "eval": COUNT})
+    toy_base.build_toy(str(folder / "data"), 0, {"sft": 6, "dpo": 6, "grpo": 6, "eval": COUNT})
     return folder
 
 
@@ -324,7 +324,7 @@ def test_published_numbers_are_marked():
     small, large = (tables.published_table(recipe, ["pope", "vlguard"]) for recipe in ("3b-vlm", "7b"))
     assert "84.40 / 71.13 / 78.87" in small and "86.34" not in small and "90.13" not in small and "75.10/75.30" in small
     assert "90.13" in large and "84.40" not in large and "mmmu" not in large and "published model" in large.splitlines()[0]
-    papers = (ROOT / "PAPERS.md").read_text(encoding="utf-8")
+    papers = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
     for values in tables.PUBLISHED.values():
         for number in " ".join(values.values()).replace("/", " ").split():
             assert number in papers or number in ("70.77", "58.00", "64.58", "68.87"), number

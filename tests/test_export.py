@@ -12,12 +12,12 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForCondition
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
-import export  # noqa: E402
+from extras import export  # noqa: E402
 import model as modeling  # noqa: E402
 import rollout  # noqa: E402
-import toy_base  # noqa: E402
+from extras import toy_base  # noqa: E402
 from config import parse_config, save_config  # noqa: E402
-from stage import StageError, load_policy  # noqa: E402
+from trainer import StageError, load_policy  # noqa: E402
 
 SHAPES = {"sft": (4, 8.0), "dpo": (6, 3.0)}  # r and alpha: scales 2 and 0.5
 

@@ -21,9 +21,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import build  # noqa: E402
 import rollout  # noqa: E402
 import safer  # noqa: E402  (with it everything that the commands import)
-import stage  # noqa: E402
-import toy  # noqa: E402
-import toy_base  # noqa: E402
+import trainer  # noqa: E402
+from extras import toy  # noqa: E402
+from extras import toy_base  # noqa: E402
 
 SIZES = {"sft": 12, "dpo": 4, "grpo": 12, "pool": 70, "eval": 12}
 FLAGS = ("--max_steps 1 --max_response 160 --sft_batch 4 --dpo_batch 4 --grpo_batch 4 --grpo_update_batch 4 --grpo_k 2 --device cpu "
@@ -74,7 +74,7 @@ def finished(tmp_path_factory):
     """A run of the miniature world, one step a stage, evaluated."""
     folder = tmp_path_factory.mktemp("run") / "good"
     toy_base.train_base(str(folder / "base"), seed=0, steps=2)
-    build.build_toy(str(folder / "data"), 0, SIZES)
+    toy_base.build_toy(str(folder / "data"), 0, SIZES)
     for words in (["safer.py", "sft"], ["safer.py", "dpo"], ["safer.py", "grpo"], ["eval.py"]):
         status, text = command(*words, *FLAGS, "--out", folder)
         assert status == 0, text[-2000:]
@@ -94,7 +94,7 @@ def run(finished, tmp_path):
 def test_damaged_results(finished, run, text):
     """Guards: a traceback, and a table without the run whose results cannot be read."""
     (run / "results.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    for words in (["eval.py", "mean", run, finished], ["eval.py", "side", finished, run], ["export.py", run, "--to", run / "new"]):
+    for words in (["eval.py", "mean", run, finished], ["eval.py", "side", finished, run], ["-m", "extras.export", run, "--to", run / "new"]):
         assert f"{run}/results.json: damaged, or not written by eval.py; run eval.py" in refused(*words)
     assert not list(run.glob("new*"))
 
@@ -129,7 +129,7 @@ def test_damaged_answers(run, line):
 def test_damaged_settings(run, content):
     """Guards: tracebacks of export, chat and tutorial for a config.json that is cut off, another run's, or edited."""
     (run / "grpo" / "config.json").write_text(content)
-    for words in (["export.py", run, "--to", run / "new"], ["safer.py", "chat", run], ["tutorial.py", run]):
+    for words in (["-m", "extras.export", run, "--to", run / "new"], ["-m", "extras.chat", run], ["-m", "extras.tutorial", run]):
         assert f"{run}/grpo/config.json: " in refused(*words)
 
 
@@ -154,7 +154,7 @@ def test_qibox_with_damaged_files(run):
 def test_card_that_is_no_json(run):
     """Guards: an export that fails at its last step, of a file that could be looked at in its first."""
     (run / "data" / "card.json").write_bytes(b"\xff{}")
-    assert "data/card.json: is no JSON" in refused("export.py", run, "--to", run / "new")
+    assert "data/card.json: is no JSON" in refused("-m", "extras.export", run, "--to", run / "new")
 
 
 @pytest.mark.parametrize("config", ['{"r', "[]", '{"peft_type": "LORA", "r": 16, "lora_alpha": true}'])
@@ -163,7 +163,7 @@ def test_peft_folder_that_cannot_be_read(run, config):
     (run / "peft").mkdir()
     (run / "peft" / "adapter_config.json").write_text(config)
     shutil.copy(run / "sft" / "adapter.safetensors", run / "peft" / "adapter_model.safetensors")
-    assert f"{run}/peft: " in refused("export.py", "import", run / "peft", "--to", run / "x" / "sft")
+    assert f"{run}/peft: " in refused("-m", "extras.export", "import", run / "peft", "--to", run / "x" / "sft")
     assert not (run / "x").exists()
 
 
@@ -174,21 +174,21 @@ def test_peft_folder_that_cannot_be_read(run, config):
                                    ["--jobs", "0"], ["--to", "/no/such/folder/page.md"], ["--to", "."]])
 def test_ablate_words(tmp_path, words):
     """Guards: two runs of one seed in one folder at once; hours of training whose table cannot be written."""
-    assert "usage: " in refused("ablate.py", "toolkit", *words, "--out", tmp_path / "out", status=2)
+    assert "usage: " in refused("-m", "extras.ablate", "toolkit", *words, "--out", tmp_path / "out", status=2)
     assert not list(tmp_path.iterdir())
 
 
 def test_tutorial_of_a_run_that_shows_nothing(run):
     """Guards: the page overwritten with a group of equal rewards, and runs that it cannot follow."""
-    page = (ROOT / "TUTORIAL.md").read_text()
+    page = (ROOT / "docs/tutorial.md").read_text()
     lines = (run / "data" / "grpo.jsonl").read_text().splitlines(keepends=True)
     (run / "data" / "grpo.jsonl").write_text(lines[0])
-    assert "no prompt has 4 samples that earn three different rewards; train longer" in refused("tutorial.py", run)
+    assert "no prompt has 4 samples that earn three different rewards; train longer" in refused("-m", "extras.tutorial", run)
     (run / "data" / "grpo.jsonl").write_text(json.dumps(json.loads(lines[0]) | {"meta": {}}) + "\n")
-    assert "records of the miniature world only" in refused("tutorial.py", run)
+    assert "records of the miniature world only" in refused("-m", "extras.tutorial", run)
     (run / "grpo" / "adapter.safetensors").unlink()
-    assert "grpo is not finished" in refused("tutorial.py", run)
-    assert (ROOT / "TUTORIAL.md").read_text() == page
+    assert "grpo is not finished" in refused("-m", "extras.tutorial", run)
+    assert (ROOT / "docs/tutorial.md").read_text() == page
 
 
 def test_raw_items_are_not_written_over_others(tmp_path):
@@ -202,7 +202,7 @@ def test_raw_items_are_not_written_over_others(tmp_path):
 @pytest.mark.parametrize("temperature", ["nan", "inf", "1e-320", "-1"])
 def test_chat_temperature(run, temperature):
     """Guards: a token drawn from nothing, which ends in an IndexError."""
-    assert "--temperature must be 0 or from 0.01 to 100" in refused("safer.py", "chat", run, f"--temperature={temperature}", status=2)
+    assert "--temperature must be 0 or from 0.01 to 100" in refused("-m", "extras.chat", run, f"--temperature={temperature}", status=2)
 
 
 def test_answer_that_no_choice_can_match(run):
@@ -221,14 +221,14 @@ def test_answer_that_no_choice_can_match(run):
 
 @pytest.mark.parametrize("place, words", [
     ("eval", ["eval.py", *FLAGS, "--eval_limit", "2", "--out", "{run}"]), ("qibox", ["qibox.py", *VLM, "--out", "{run}"]),
-    ("new/data", ["build.py", "--out", "{run}/new"]), ("new.part", ["export.py", "{run}", "--to", "{run}/new"]),
-    ("", ["ablate.py", "vlm", "--out", "{run}", "--to", "{run}/page.md"])])
+    ("new/data", ["build.py", "--out", "{run}/new"]), ("new.part", ["-m", "extras.export", "{run}", "--to", "{run}/new"]),
+    ("", ["-m", "extras.ablate", "vlm", "--out", "{run}", "--to", "{run}/page.md"])])
 def test_second_one_in_a_folder(run, place, words):
     """Guards: two processes that write over each other: lines of both in one file, a half export that is cleared away."""
     reading, writing = os.pipe()
     holder = os.fork()
     if not holder:
-        stage.lock_folder(run / place)
+        trainer.lock_folder(run / place)
         os.write(writing, b"x")
         time.sleep(100)
         os._exit(0)
@@ -283,7 +283,7 @@ def test_interrupted_build(tmp_path):
 
 def test_interrupted_export(run):
     """Guards: a traceback, and a target that holds half a model."""
-    words = ["export.py", run, "--to", run / "new"]
+    words = ["-m", "extras.export", run, "--to", run / "new"]
     assert "export: stopped" in refused(*words, status=130, patch=interrupt(stage.modeling, "merge_lora", 2))
     assert not (run / "new").exists()
     status, text = command(*words)
@@ -300,6 +300,6 @@ def test_interrupted_ablation(tmp_path):
             time.sleep(0.5)
             return subprocess.CompletedProcess(words, 0)
         subprocess.run = fake
-    words = ["ablate.py", "toolkit", "--jobs", "2", "--out", tmp_path / "out", "--to", tmp_path / "page.md"]
+    words = ["-m", "extras.ablate", "toolkit", "--jobs", "2", "--out", tmp_path / "out", "--to", tmp_path / "page.md"]
     assert "ablate: stopped; the same command goes on" in refused(*words, status=130, patch=patch)
     assert len((tmp_path / "started").read_text()) <= 2 and not (tmp_path / "page.md").exists()

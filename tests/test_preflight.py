@@ -11,11 +11,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import bench  # noqa: E402
+from extras import bench  # noqa: E402
 import data  # noqa: E402
 import judge as judging  # noqa: E402
 import model as modeling  # noqa: E402
-import preflight  # noqa: E402
+from extras import preflight  # noqa: E402
 import rollout  # noqa: E402
 import tiny_model  # noqa: E402
 from config import Config, parse_config  # noqa: E402

@@ -19,8 +19,8 @@ import judge
 import qibox
 import rollout
 import split
-import stage
-import toy_base
+import trainer
+from extras import toy_base
 from config import ConfigError
 from qibox import Point
 
@@ -237,7 +237,7 @@ def start(world, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(world / name)
 
     def run(*argv, grader=None):
-        monkeypatch.setattr(stage, "make_judge", lambda config: grader or HashJudge())
+        monkeypatch.setattr(trainer, "make_judge", lambda config: grader or HashJudge())
         qibox.main([*argv, "--out", str(tmp_path), *FLAGS])
         return tmp_path / "qibox"
 

@@ -22,9 +22,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import build  # noqa: E402
 import model as modeling  # noqa: E402
 import safer  # noqa: E402
-import stage  # noqa: E402
+import trainer  # noqa: E402
 import test_safer  # noqa: E402
-import toy_base  # noqa: E402
+from extras import toy_base  # noqa: E402
 
 STAGES = ("sft", "dpo", "grpo")
 FLAGS = ["--sft_batch", "4", "--dpo_batch", "4", "--grpo_batch", "8", "--grpo_update_batch", "4", "--grpo_k", "3", "--device", "cpu"]
@@ -58,7 +58,7 @@ def in_world(job, world):
 def make_world(folder):
     """An untrained base model and small data sets."""
     toy_base.train_base(str(folder / "base"), seed=0, steps=2)
-    build.build_toy(str(folder / "data"), 0, {"sft": 24, "dpo": 8, "grpo": 24, "eval": 2})
+    toy_base.build_toy(str(folder / "data"), 0, {"sft": 24, "dpo": 8, "grpo": 24, "eval": 2})
 
 
 def run_folder(folder, name):
@@ -91,7 +91,7 @@ def everything_float64():
 
 def train_signalled(folder, steps):
     """In step 1 a SIGTERM comes to the last rank alone."""
-    write = stage.write_metrics
+    write = trainer.write_metrics
 
     def signalled(run, step, **extra):
         if step == 1 and run.rank == run.world - 1:
@@ -105,17 +105,17 @@ def train_signalled(folder, steps):
 def bare_run():
     """A run without model: what the functions that talk to other ranks need."""
     config = safer.parse_config(["--sft_warmup", "0"])
-    rank, world = stage.join_ranks(torch.device("cpu"))
+    rank, world = trainer.join_ranks(torch.device("cpu"))
     parameters = {"x": torch.nn.Parameter(torch.zeros(2))}
     optimiser = torch.optim.SGD(parameters.values(), lr=0.1)
-    return stage.Run(config, "sft", Path("."), None, None, parameters, optimiser, torch.device("cpu"), rank, world, checked=True)
+    return trainer.Run(config, "sft", Path("."), None, None, parameters, optimiser, torch.device("cpu"), rank, world, checked=True)
 
 
 def talk():
     """Values of unequal length, and none."""
     run = bare_run()
     mine = {f"name {run.rank}" * run.rank: [run.rank, None, float("inf"), 0.1]} if run.rank else {}
-    assert stage.gather(run, mine) == [{}] + [{f"name {rank}" * rank: [rank, None, float("inf"), 0.1]} for rank in range(1, run.world)]
+    assert trainer.gather(run, mine) == [{}] + [{f"name {rank}" * rank: [rank, None, float("inf"), 0.1]} for rank in range(1, run.world)]
 
 
 def spoil():
@@ -125,10 +125,10 @@ def spoil():
         factor = float("nan") if run.rank == run.world - 1 and number == 1 else 1.0
         loss = (run.parameters["x"] * factor).sum()
         loss.backward()
-        stage.check_finite(run, 7, loss, [f"record-{run.rank}-{number}"])
+        trainer.check_finite(run, 7, loss, [f"record-{run.rank}-{number}"])
     told = rf"gradient norm of step 7 is nan, from records record-{run.world - 1}-1 \(loss nan in step 7\); the last checkpoint"
-    with pytest.raises(stage.StageError, match=told):
-        stage.optimiser_step(run, 7, 10)
+    with pytest.raises(trainer.StageError, match=told):
+        trainer.optimiser_step(run, 7, 10)
 
 
 def drive(folder, steps):

@@ -26,7 +26,7 @@ import reward  # noqa: E402
 import test_reward_attacks  # noqa: E402
 from config import Config  # noqa: E402
 
-README, GUIDE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "GUIDE.md"))
+README, GUIDE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/training.md"))
 BOTH = README + "\n" + GUIDE
 SOURCES = "\n".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), ROOT / "run.sh"])
 SPANS = [span for block in BOTH.split("```")[::2] for span in re.findall(r"`([^`\n]+)`", block)]
@@ -177,7 +177,7 @@ def test_plan_drawings_are_what_draw_plan_prints():
 
 def test_tables_of_results_are_those_of_the_ablations():
     """Guards: a number in the README that no command has made."""
-    page = (ROOT / "ablations.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/ablations.md").read_text(encoding="utf-8")
     rows = [line for line in section("Results").splitlines() if re.match(r"\| .*\+-", line)]
     assert len(rows) >= 5
     for row in rows:

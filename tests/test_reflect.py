@@ -24,8 +24,8 @@ import model as modeling  # noqa: E402
 import planner  # noqa: E402
 import rollout  # noqa: E402
 import safer  # noqa: E402
-import stage  # noqa: E402
-import toy  # noqa: E402
+import trainer  # noqa: E402
+from extras import toy  # noqa: E402
 from config import ConfigError, parse_config  # noqa: E402
 
 VLM = ["--stages", "grpo", "--reward", "structured", "--max_steps", "1", "--max_response", "12", "--grpo_prompts", "generic"]
@@ -127,7 +127,7 @@ def test_groups_and_masks(run_folder, monkeypatch, credit, unsafe, temperature):
             assert len(t.logprobs) == len(t.tokens)
     # what is trained on: exactly the tokens of each trajectory, each once, under the model before the update
     groups = [(prompt, [t.tokens for t in group]) for prompt, group in safer.by_context(rollouts)]
-    features = stage.encode_images(run, groups)
+    features = trainer.encode_images(run, groups)
     with torch.no_grad(), modeling.adapters_off(run.model):  # before the first update the policy is the model without its adapter
         logprobs, mask = modeling.token_logprobs(run.model, groups, features, temperature, 1024)
     assert mask.sum(1).tolist() == [len(t.tokens) for _, group in safer.by_context(rollouts) for t in group]

@@ -18,8 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import protocol  # noqa: E402
-import report  # noqa: E402
-import report_page  # noqa: E402
+from extras import report  # noqa: E402
+from extras import report_page  # noqa: E402
 import tables  # noqa: E402
 
 HOSTILE = ("</script><script>document.title='owned'</script><!--<script><img src=x onerror=document.title='owned'>"
@@ -344,7 +344,7 @@ def test_a_run_that_has_just_begun(tmp_path):
 def test_command_line(tmp_path):
     """Guards: a traceback where a folder is misspelt, or where it holds no run."""
     for folder, told in ((tmp_path / "none", "no such folder"), (tmp_path, "nothing of a run is in it")):
-        ran = subprocess.run([sys.executable, "report.py", str(folder)], cwd=ROOT, capture_output=True, text=True, check=False)
+        ran = subprocess.run([sys.executable, "-m", "extras.report", str(folder)], cwd=ROOT, capture_output=True, text=True, check=False)
         assert ran.returncode == 1 and told in ran.stderr and "Traceback" not in ran.stderr
         assert not list(tmp_path.iterdir())
 

@@ -15,8 +15,8 @@ import eval as evaluation
 import judge
 import rollout
 import safer
-import stage
-import toy_base
+import trainer
+from extras import toy_base
 from config import ConfigError
 
 SIZES = {"sft": 24, "dpo": 6, "grpo": 8, "eval": 12}
@@ -40,7 +40,7 @@ def world(tmp_path_factory):
     """Base model and data sets of a very small world."""
     folder = tmp_path_factory.mktemp("world")
     toy_base.train_base(str(folder / "base"), seed=0, steps=3)
-    build.build_toy(str(folder / "data"), 0, SIZES)
+    toy_base.build_toy(str(folder / "data"), 0, SIZES)
     return folder
 
 
@@ -94,8 +94,8 @@ def test_resume_equals_not_stopping(run_folder, tmp_path, monkeypatch, name):
     straight = load_file(run_folder / name / "adapter.safetensors")
     rows = metrics(run_folder, name)
     shutil.rmtree(run_folder / name)
-    monkeypatch.setattr(stage, "SAVE_EVERY", 2)
-    calls, step = [], stage.optimiser_step
+    monkeypatch.setattr(trainer, "SAVE_EVERY", 2)
+    calls, step = [], trainer.optimiser_step
 
     def dies(run, number, steps):
         calls.append(number)
@@ -141,7 +141,7 @@ def test_judge_that_dies_leaves_a_checkpoint(run_folder, monkeypatch):
 def test_checks_stop_the_run(run_folder, monkeypatch):
     """A gradient that is not finite, sampler log-probabilities that are not the trainer's, samples that are all equal: each stops with a message."""
     monkeypatch.setattr(safer, "make_judge", lambda config: HashJudge())
-    with pytest.raises(stage.StageError, match="gradient norm"):
+    with pytest.raises(trainer.StageError, match="gradient norm"):
         train(run_folder, "sft", "--stages", "sft", "--max_steps", "3", "--sft_lr", "1e30", "--sft_warmup", "0")
     sample, flags = rollout.sample, ["--stages", "grpo", "--max_steps", "1", "--max_response", "16"]
 
@@ -149,10 +149,10 @@ def test_checks_stop_the_run(run_folder, monkeypatch):
         return [[rollout.Sample(s.tokens, [x + 0.01 for x in s.logprobs], s.finished) for s in row] for row in sample(*args, **kwargs)]
 
     monkeypatch.setattr(rollout, "sample", wrong)
-    with pytest.raises(stage.StageError, match="sampler and trainer"):
+    with pytest.raises(trainer.StageError, match="sampler and trainer"):
         train(run_folder, "grpo", *flags)
     monkeypatch.setattr(rollout, "sample", lambda *args, **kwargs: [[row[0]] * 3 for row in sample(*args, **kwargs)])
-    with pytest.raises(stage.StageError, match="all samples of every prompt are equal"):
+    with pytest.raises(trainer.StageError, match="all samples of every prompt are equal"):
         train(run_folder, "grpo", *flags)
 
 
@@ -163,20 +163,20 @@ def test_finished_stage_is_skipped_and_guarded(run_folder, capsys):
     assert "finished already" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="sft_lr was"):
         train(run_folder, "sft", "--max_steps", "1", "--sft_lr", "1e-3")
-    with pytest.raises(stage.StageError, match="dpo"):  # GRPO builds on DPO, which is not there
+    with pytest.raises(trainer.StageError, match="dpo"):  # GRPO builds on DPO, which is not there
         train(run_folder, "grpo", "--max_steps", "1")
 
 
 def test_step_order_is_stateless():
     """Every record once an epoch, in an order that depends on seed and epoch alone, also where an epoch ends inside a batch."""
     records = list(range(10))
-    seen = [item for step in range(5) for item in stage.batch_at(records, step, 4, seed=1)]
+    seen = [item for step in range(5) for item in trainer.batch_at(records, step, 4, seed=1)]
     assert sorted(record for record, epoch in seen if epoch == 0) == records and sorted(record for record, epoch in seen if epoch == 1) == records
-    assert seen[4:8] == stage.batch_at(records, 1, 4, seed=1) and seen[:4] != stage.batch_at(records, 0, 4, seed=2)
+    assert seen[4:8] == trainer.batch_at(records, 1, 4, seed=1) and seen[:4] != trainer.batch_at(records, 0, 4, seed=2)
 
 
 def test_learning_rate():
     """Warm-up by hand: 10 steps, 20% warm-up, then half a cosine."""
     config = safer.parse_config(["--sft_lr", "1", "--sft_warmup", "0.2", "--sft_schedule", "cosine"])
-    rates = [stage.learning_rate(config, "sft", step, 10) for step in range(10)]
+    rates = [trainer.learning_rate(config, "sft", step, 10) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[6] == pytest.approx(0.5) and rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))

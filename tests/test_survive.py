@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import bench  # noqa: E402
+from extras import bench  # noqa: E402
 import safer  # noqa: E402
-import stage  # noqa: E402
+import trainer  # noqa: E402
 from test_ranks import STAGES, make_world, run_folder, start, train  # noqa: E402
 
 STEPS = 3
@@ -34,10 +34,10 @@ STEPS = 3
 
 def curriculum(folder, stages=STAGES):
     """The stages with a checkpoint after every step, and the command's own way of telling an error."""
-    stage.SAVE_EVERY = 1
+    trainer.SAVE_EVERY = 1
     try:
         train(folder, STEPS, stages)
-    except stage.StageError as problem:
+    except trainer.StageError as problem:
         sys.exit(str(problem))
 
 
@@ -49,7 +49,7 @@ def killed_after(folder, seconds):
 
 def after_metrics(folder, stages, act):
     """The curriculum, in which act(run, step) follows every line of metrics."""
-    write = stage.write_metrics
+    write = trainer.write_metrics
 
     def acting(run, step, **extra):
         row = write(run, step, **extra)
@@ -73,7 +73,7 @@ def fill_disk(run, step):
 
 def killed_while_saving(folder, count):
     """SIGKILL at the count-th time that something is brought to the disk: between writing, renaming and removing."""
-    calls, sync = [], stage.sync
+    calls, sync = [], trainer.sync
 
     def dies(path):
         calls.append(path)
@@ -81,7 +81,7 @@ def killed_while_saving(folder, count):
             os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
 
-    stage.sync = dies
+    trainer.sync = dies
     curriculum(folder, ["sft"])
 
 
@@ -213,31 +213,31 @@ def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(os, "open", read_only)
-    with pytest.raises(stage.StageError, match=r"run: cannot be written to \(Read-only file system\); make it writable"):
-        stage.lock_folder(tmp_path / "run")
+    with pytest.raises(trainer.StageError, match=r"run: cannot be written to \(Read-only file system\); make it writable"):
+        trainer.lock_folder(tmp_path / "run")
 
 
 @pytest.mark.parametrize("change", ["records", "base", "sft adapter", "damaged"])
 def test_what_a_checkpoint_hangs_on(tmp_path, change):
     """Guards: a stage that goes on from its checkpoint on other data, another base or another SFT, and a damaged file that is taken."""
     parameters = {"x.A": torch.nn.Parameter(torch.ones(3))}
-    run = stage.Run(None, "dpo", tmp_path, None, None, parameters, torch.optim.AdamW(parameters.values()), torch.device("cpu"),
+    run = trainer.Run(None, "dpo", tmp_path, None, None, parameters, torch.optim.AdamW(parameters.values()), torch.device("cpu"),
                     made_from={"records": "1", "sft adapter": "2", "base": 1000.0})
     parameters["x.A"].grad = torch.ones(3)
     run.optimiser.step()
     saved = parameters["x.A"].detach().clone()
-    stage.save_checkpoint(run, 4)
+    trainer.save_checkpoint(run, 4)
     parameters["x.A"].data.zero_()
     run.made_from["base"] *= 1 + 1e-12  # the same weights, summed in another order
-    assert stage.load_checkpoint(run) == 4 and torch.equal(parameters["x.A"], saved)
+    assert trainer.load_checkpoint(run) == 4 and torch.equal(parameters["x.A"], saved)
     if change == "damaged":
         (tmp_path / "checkpoint.safetensors").write_bytes((tmp_path / "checkpoint.safetensors").read_bytes()[:-5])
     else:
         run.made_from[change] = 1000.1 if change == "base" else "other"
     parameters["x.A"].data.zero_()
     told = "cannot be read as a checkpoint" if change == "damaged" else f"another {change} than there is now"
-    with pytest.raises(stage.StageError, match=told):
-        stage.load_checkpoint(run)
+    with pytest.raises(trainer.StageError, match=told):
+        trainer.load_checkpoint(run)
     assert not parameters["x.A"].any()  # nothing was loaded
 
 
@@ -247,11 +247,11 @@ def test_fingerprint_sees_records_and_images(tmp_path):
     picture.write_bytes(b"123")
     make = functools.partial(safer.data.Record, "a", "what?", (str(picture),))
     config = safer.parse_config([])
-    before = stage.fingerprint(config, [], [make(texts={"response": "x"})])
-    assert before == stage.fingerprint(config, [], [make(texts={"response": "x"}, where="elsewhere:1")])
-    assert before != stage.fingerprint(config, [], [make(texts={"response": "y"})])
+    before = trainer.fingerprint(config, [], [make(texts={"response": "x"})])
+    assert before == trainer.fingerprint(config, [], [make(texts={"response": "x"}, where="elsewhere:1")])
+    assert before != trainer.fingerprint(config, [], [make(texts={"response": "y"})])
     picture.write_bytes(b"1234")
-    assert before != stage.fingerprint(config, [], [make(texts={"response": "x"})])
+    assert before != trainer.fingerprint(config, [], [make(texts={"response": "x"})])
 
 
 def test_sum_of_frozen_weights():
@@ -259,7 +259,7 @@ def test_sum_of_frozen_weights():
     model = torch.nn.ParameterDict({"base": torch.ones(3, 2**24 + 5, dtype=torch.bfloat16), "A": torch.ones(7)})
     model["base"].requires_grad_(False)
     model["base"][2, -1] = 4.0
-    total, _, megabytes = bench.counted(lambda: stage.frozen_sum(model), torch.device("cpu"))
+    total, _, megabytes = bench.counted(lambda: trainer.frozen_sum(model), torch.device("cpu"))
     assert total == 3 * (2**24 + 5) + 3 and megabytes < 1.5 * 8 * 2**24 / 1e6
 
 

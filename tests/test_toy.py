@@ -16,8 +16,8 @@ import model as modeling  # noqa: E402
 import planner  # noqa: E402
 import protocol  # noqa: E402
 import rollout  # noqa: E402
-import toy  # noqa: E402
-import toy_base  # noqa: E402
+from extras import toy  # noqa: E402
+from extras import toy_base  # noqa: E402
 from config import parse_config  # noqa: E402
 
 TRAIN, HELD = toy.split_cases()

@@ -13,7 +13,7 @@ import reward
 from judge import Scores
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "TUTORIAL.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 
 
 def part(name):

@@ -1,9 +1,9 @@
 """Speed and memory, ours beside plain Hugging Face, in one run on the machine at hand; prints Markdown tables.
 
-    python bench.py                                          size small, one thread, every part
-    python bench.py --only grpo --k 4,8,16 --prompt 300,1000 --response 100,400
-    python bench.py --size 3b --only grpo,rollout,limits     on a GPU
-    python bench.py --size 3b --make FOLDER                  a random model of that shape, for the real commands
+    python -m extras.bench                                          size small, one thread, every part
+    python -m extras.bench --only grpo --k 4,8,16 --prompt 300,1000 --response 100,400
+    python -m extras.bench --size 3b --only grpo,rollout,limits     on a GPU
+    python -m extras.bench --size 3b --make FOLDER                  a random model of that shape, for the real commands
 
 Random weights of the chosen shape; every prompt holds an image. Both sides use the same model object, so the same weights, LoRA,
 losses and optimiser. The plain side is transformers' own forward over K copies of prompt and image with logits at every position,
@@ -28,7 +28,7 @@ import losses
 import model as modeling
 import protocol
 import rollout
-import toy_base
+from extras import toy_base
 from data import Image, Prompt
 
 PARTS = ("grpo", "dpo", "sft", "rollout", "iteration", "memory", "protocol", "limits")
@@ -399,7 +399,7 @@ def bench_iteration(model, args):
         start = partial(iteration, model, optimiser, k, make_prompt(model, prompt, 0), response)
         sides = {"ours": partial(start, sample_ours, ours), "plain": partial(start, sample_plain, plain)}
         if args.against == "trl":
-            import bench_trl  # trl and peft are no requirements
+            from extras import bench_trl  # trl and peft are no requirements
             for fused, name in ((True, "TRL"), (False, "TRL without its fused head")):
                 sides[name] = bench_trl.make_step(SIZES[args.size], model.device, k, prompt, response, fused)
         times = {name: [] for name in sides}

@@ -1,7 +1,7 @@
 """One self-contained HTML page about one or several runs: results, curves, held-out cases with their traces, rewarded samples.
 
-    python report.py out/tiny                           writes out/tiny/report.html, at any time, also in the middle of a run
-    python report.py out/tiny out/tiny-vlm --to side.html        several runs on one page, their curves laid over each other
+    python -m extras.report out/tiny                           writes out/tiny/report.html, at any time, also in the middle of a run
+    python -m extras.report out/tiny out/tiny-vlm --to side.html        several runs on one page, their curves laid over each other
 
 A page is one file without network or foreign code. What is not there yet has a plain sentence in its place, and what was left out is
 counted. The papers have no such page; all of this is ours. No torch is needed.
@@ -26,7 +26,7 @@ from pathlib import Path
 import PIL.Image
 
 import protocol
-from report_page import CSS, JS, PAGE, bar, chart, shown, table, visible
+from extras.report_page import CSS, JS, PAGE, bar, chart, shown, table, visible
 
 ORDER = ("base", "sft", "dpo", "grpo", "eval")
 MAX_CASES, CASE_BYTES = 120, 3_500_000   # of all runs together; bytes of JSON, images included, so that a page stays below 5 MB

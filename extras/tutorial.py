@@ -1,6 +1,6 @@
 """One case of a finished tiny run, followed from pixels to reward to gradient: the numbers of TUTORIAL.md.
 
-    python tutorial.py out/tiny                  prints them, and puts them between the marks of TUTORIAL.md
+    python -m extras.tutorial out/tiny                  prints them, and puts them between the marks of TUTORIAL.md
 
 The policy is the one that GRPO starts from: the base with the SFT and DPO adapters merged, and a fresh LoRA. One group of four samples is
 drawn (of the first prompt whose samples earn three different rewards), checked, scored and rewarded as in safer.py, and one optimiser
@@ -20,15 +20,15 @@ import planner
 import protocol
 import reward as rewarding
 import rollout
-import stage
-import toy
-from ablate import put_table
+import trainer
+from extras import toy
+from extras.ablate import put_table
 from config import STAGES
-from export import read_run
+from extras.export import read_run
 from judge import Case, JudgeError
 
 K, LR, SEED = 4, 1e-3, 1  # samples of the group; learning rate of the one step, larger than in training so that one step shows
-PAGE = Path(__file__).with_name("TUTORIAL.md")
+PAGE = Path(__file__).with_name("docs/tutorial.md")
 
 
 def block(text):
@@ -51,16 +51,16 @@ def follow(folder):
     folder = Path(folder)
     config, stages = read_run(folder, "grpo")
     if config.recipe != "tiny" or stages != list(STAGES):
-        raise stage.StageError(f"{folder}: is a {config.recipe} run of {','.join(stages)}; "
+        raise trainer.StageError(f"{folder}: is a {config.recipe} run of {','.join(stages)}; "
                                "the page follows one of --recipe tiny with all stages")
-    model, processor = stage.load_policy(config, stages[:-1], torch.device("cpu"))
+    model, processor = trainer.load_policy(config, stages[:-1], torch.device("cpu"))
     modeling.attach_lora(model, config.lora_r, config.lora_alpha, config.seed)
     for record in data.read_records(data.set_path(config.data or folder / "data", "grpo"), "grpo"):
         prompt, features, samples, texts, scores, rewards = draw_group(model, processor, record, config)
         if len({round(reward.total, 3) for reward in rewards}) > 2:  # the first group in which there is something to see
             break
     else:
-        raise stage.StageError(f"{folder}: no prompt has {K} samples that earn three different rewards; train longer. "
+        raise trainer.StageError(f"{folder}: no prompt has {K} samples that earn three different rewards; train longer. "
                                f"{PAGE.name} is as it was")
     case, out = toy.case_of(record.meta), {}
 
@@ -119,7 +119,7 @@ def follow(folder):
 def main(argv):
     """Print every part, and put it between its marks."""
     if len(argv) != 1 or argv[0].startswith("-"):
-        raise stage.StageError("usage: python tutorial.py out/tiny   (a finished run of the miniature world)")
+        raise trainer.StageError("usage: python -m extras.tutorial out/tiny   (a finished run of the miniature world)")
     for name, text in follow(argv[0]).items():
         put_table(PAGE, name, text)
         print(f"== {name}\n{text}\n")
@@ -128,7 +128,7 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (OSError, data.DataError, stage.StageError, modeling.ModelError, JudgeError) as problem:
+    except (OSError, data.DataError, trainer.StageError, modeling.ModelError, JudgeError) as problem:
         sys.exit(str(problem))
     except KeyboardInterrupt:
         print("\ntutorial: stopped; the page is as it was", file=sys.stderr)

@@ -19,9 +19,9 @@ import model as modeling
 import protocol
 import rollout
 from config import STAGES
-from export import read_run
-from report_page import visible
-from stage import load_policy, pick_device
+from extras.export import read_run
+from extras.report_page import visible
+from trainer import load_policy, pick_device
 
 
 @torch.inference_mode()

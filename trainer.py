@@ -30,7 +30,6 @@ from tqdm import tqdm
 import data
 import judge as judging
 import model as modeling
-import toy
 from config import ConfigError, check_settings, save_config
 
 FEATURE_BYTES = 1 << 30  # image features kept from step to step: with few images, the vision tower runs in the first epoch only
@@ -92,7 +91,9 @@ def join_ranks(device):
 def make_judge(config):
     """The judge that the config names, with the methods of judge.py."""
     if config.judge == "toy":
-        return toy.ToyJudge()
+        from extras.toy import ToyJudge
+
+        return ToyJudge()
     return judging.LabelsJudge() if config.judge == "labels" else judging.judge_from_env(os.path.join(config.out, "judge_cache"))
 
 

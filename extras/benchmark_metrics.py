@@ -4,7 +4,7 @@ Sources: the original evaluations as PAPERS.md section 4 describes them; questio
 two papers are not here: eval.py gets them from the judge for every benchmark. Departures that hold throughout:
   * a judge that gives no usable label leaves its row out (the originals count it wrong, or score it 0);
   * nothing is guessed: an answer from which nothing can be read is wrong, and counted as "unparsed" (MMMU's own script draws at random).
-Departures of one benchmark are in its note (python benchmarks.py). Rows are dicts with "response", "answer_text" (the text of the answer
+Departures of one benchmark are in its note (python -m extras.benchmarks). Rows are dicts with "response", "answer_text" (the text of the answer
 block, or the whole response), "meta", "answer", "choices", "form" (comply or refuse, by judge.answer_form) and "label" (of the judge, or
 None). No torch.
 """

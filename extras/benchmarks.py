@@ -1,6 +1,6 @@
 """Readers of the benchmarks' original files, and what each benchmark measures.
 
-    python benchmarks.py        lists them: name, group, the files that must lie in <bench_data>/<name>, where these come from, own metric
+    python -m extras.benchmarks        lists them: name, group, the files that must lie in <bench_data>/<name>, where these come from, own metric
 
 The papers evaluate on some of these (PAPERS 1.7, 2.6; formats in section 4); VLGuard, VLSBench and MOSSBench are added, the last for
 over-refusal. A question stands as the model should see it: options listed, the benchmark's own instruction kept where its files hold one
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import data
-from benchmark_metrics import QUESTIONS, derived, headline, judge_question, own_metric, parse_label  # noqa: F401  (one place for eval.py)
+from extras.benchmark_metrics import QUESTIONS, derived, headline, judge_question, own_metric, parse_label  # noqa: F401  (one place for eval.py)
 
 IMAGE = str | dict | bytes  # a path, bytes, {"bytes", "path"} as Hugging Face stores images; bytes may be in base64
 BY_LETTER = "\nAnswer with the letter of the option."

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with peft as a side of bench.py: `python bench.py --only iteration --against trl`.
+"""TRL's GRPOTrainer with peft as a side of bench.py: `python -m extras.bench --only iteration --against trl`.
 
 Needs trl (1.16 was tried) and peft, which nothing else here does. Same shape, weights, LoRA rank and targets, lengths of prompt and
 response, KL on; no gradient checkpointing. Once as it comes, and once with its fused head taken out: on CPU that head also scores
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2_5_VLPro
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-import bench
+from extras import bench
 import model as modeling
 
 SPECIAL = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]  # in the order of their ids

@@ -1,7 +1,7 @@
 """A finished run leaves the house: peft adapters, a merged model folder, a model card. And a peft adapter comes in as a first stage.
 
-    python export.py out/3b --to models/3b-safer        writes adapter-<stage>/, adapter-sum/, model/ and README.md, and checks them
-    python export.py import PEFT_DIR --to out/x/sft     writes out/x/sft/adapter.safetensors: later stages build on it
+    python -m extras.export out/3b --to models/3b-safer        writes adapter-<stage>/, adapter-sum/, model/ and README.md, and checks them
+    python -m extras.export import PEFT_DIR --to out/x/sft     writes out/x/sft/adapter.safetensors: later stages build on it
 
 A stage's adapter was trained on the base with the adapters before it merged in, so adapter-dpo alone on the base is no model that was
 ever trained; adapter-sum is, because low-rank updates add up: B1 A1 + B2 A2 = [B1 B2] [A1; A2]. Ours: neither paper publishes adapters.
@@ -29,7 +29,7 @@ import model as modeling
 import planner
 import tables
 from config import STAGES, Config, check_config
-from stage import StageError, base_folder, load_policy, lock_folder, pick_device
+from trainer import StageError, base_folder, load_policy, lock_folder, pick_device
 
 # whole names, by a pattern: a list of the last words would also name the maps of the vision tower
 PEFT_TARGETS = r"model\.language_model\.layers\.\d+\.(" + "|".join(modeling.TARGETS).replace(".", r"\.") + ")"

@@ -1,6 +1,6 @@
-"""The miniature world's base model: a Qwen2.5-VL of 1.2 M parameters, its tokenizer, and what it is taught before any stage.
+"""The miniature world's data sets and base model: a Qwen2.5-VL of 1.2 M parameters, its tokenizer, and what it is taught before any stage.
 
-    python toy_base.py --recipe tiny          trains it: out/tiny/base, a folder like any Qwen2.5-VL's
+    python -m extras.toy_base --recipe tiny          trains it: out/tiny/base, a folder like any Qwen2.5-VL's
 
 What is real: the architecture, the chat template and special tokens, the image processor, save_pretrained. The base learns to see, to
 help with anything, and to reflect on an answer when it is asked to: it is fluent, unsafe, and writes no tool trace. Ours; see toy.py.
@@ -9,6 +9,8 @@ help with anything, and to reflect on an answer when it is asked to: it is fluen
 import os
 import random
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,15 +18,21 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import build
 import data
+import judge
 import losses
 import model as modeling
 import planner
 import protocol
 from config import ConfigError, parse_config
-from toy import (BARE_REFUSAL, CELL, DANGER, HARM, IDIOMS, KIND_VERBS, KINDS, OBJECTS, TARGETS, VERBS, comply, draw_case, draw_scene,
+from extras import toy
+from extras.toy import (BARE_REFUSAL, CELL, DANGER, HARM, IDIOMS, KIND_VERBS, KINDS, OBJECTS, TARGETS, VERBS, comply, draw_case, draw_scene,
                  held_pairs, howto, in_words, reason, refuse, right_answer, signals, split_cases, truth)
+from trainer import StageError, lock_folder
 
+TOY_SIZES = {"sft": 768, "dpo": 320, "grpo": 960, "eval": 360}  # records; DPO: items before they become about three pairs each
+TOY_VLM_SIZES = {"pool": 1200, "eval": 360}  # of SaFeR-VLM: qibox.py draws GRPO's prompts from the pool
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 WORDS = sorted({*OBJECTS, *VERBS, *HARM, *KIND_VERBS, *IDIOMS, *protocol.TOOLS, *protocol.CATEGORIES,
                 "harmful", "benign", "refuse", "comply", "high", "low", "yes", "no",
@@ -196,8 +204,80 @@ def train_base(folder, seed, steps=600, batch=32, lr=3e-3):
     return policy
 
 
+# ---- its data sets ------------------------------------------------------------------------------------------------
+
+
+def toy_record(name, case, rng, folder):
+    """Draw the picture of a case and write its record."""
+    path = f"images/{name}.png"
+    toy.draw_scene(case, rng).save(os.path.join(folder, path))
+    signals = toy.signals(case)
+    return {"id": name, "images": [path], "question": case.question, "plan": protocol.plan_to_dict(planner.plan_by_rules(signals)[0]),
+            "meta": {"kind": case.kind, "expected": toy.expected(case), "signals": signals, "case": asdict(case)}}
+
+
+def wrong_answer(case):
+    """The answer of the opposite decision."""
+    return toy.comply(case) if case.danger else toy.refuse(case, "violence")
+
+
+def toy_pairs(record, case, other, rng, oracle):
+    """All (chosen, rejected, perturbation) rows of one case: none when even the careful teacher is wrong."""
+    plan = protocol.plan_from_dict(record["plan"])
+    score = lambda text: oracle.score([judge.Case(case.question, (), text, record["meta"])])[0]
+    calls, answer = toy.teach(case, rng, careful=True)
+    chosen = protocol.render_response(calls, answer)
+    if oracle.verdict([judge.Case(case.question, (), chosen, record["meta"])])[0] != judge.Verdict(3, 3, 3):
+        return []
+    rejected = {}
+    for kind in rng.sample(build.PERTURBATIONS, len(build.PERTURBATIONS)):
+        broken = build.perturb(kind, calls, answer, plan, wrong_answer(case), toy.right_calls(other), rng)
+        if broken and len(rejected) < 3:
+            text = protocol.render_response(*broken)
+            worse = not protocol.check(text, plan).legal or score(text) != score(chosen)  # a perturbation must really be worse
+            if worse:
+                rejected[kind] = text
+    first = protocol.render_response(*toy.teach(case, rng, careful=False))
+    if first != chosen and score(first) != score(chosen):
+        rejected["first-pass"] = first
+    return [{**record, "id": f"{record['id']}-{kind}", "chosen": chosen, "rejected": text, "perturbation": kind}
+            for kind, text in rejected.items()]
+
+
+def build_toy(folder, seed, sizes=None):
+    """Write the four sets of the miniature world. Evaluation cases come from the held-out combinations, whatever the seed."""
+    os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+    train, held = toy.split_cases()
+    oracle = toy.ToyJudge()
+    for name, size in (sizes or TOY_SIZES).items():
+        rng, rows = random.Random("held-out" if name == "eval" else f"{name} {seed}"), []
+        pool = held if name == "eval" else train
+        for number in tqdm(range(size), desc=f"build: {name}", leave=False):
+            case = toy.draw_case(rng.choice(pool[toy.KINDS[number % len(toy.KINDS)]]), rng)
+            record = toy_record(f"{name}-{number:04d}", case, rng, folder)
+            if name == "sft":
+                text = protocol.render_response(*toy.teach(case, rng, careful=False))
+                if protocol.check(text, protocol.plan_from_dict(record["plan"])).legal:
+                    rows.append({**record, "response": text})
+            elif name == "dpo":
+                other = toy.draw_case(rng.choice(pool[rng.choice(toy.KINDS)]), rng)
+                rows += toy_pairs(record, case, other, rng, oracle)
+            else:
+                rows.append({**record, "benchmark": "toy"} if name == "eval" else record)
+        data.write_jsonl(os.path.join(folder, f"{name}.jsonl"), rows)
+        print(f"build: {folder}/{name}.jsonl: {len(rows)} records")
+
+
 def main(argv):
+    """Train the base, then write the data sets; what is there already is left alone."""
     config = parse_config(argv)
+    if config.recipe.startswith("tiny"):
+        folder = os.path.join(config.out, "data")
+        if os.path.exists(os.path.join(folder, "eval.jsonl")):  # written last
+            print(f"toy: {folder} is there already")
+        else:
+            lock_folder(Path(folder))
+            build_toy(folder, config.seed, TOY_VLM_SIZES if config.recipe.endswith("-vlm") else TOY_SIZES)
     folder = os.path.join(config.out, "base")
     if os.path.exists(os.path.join(folder, "model.safetensors")):
         return print(f"base: {folder} is there already")
@@ -208,5 +288,5 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (OSError, ConfigError) as problem:
+    except (OSError, ConfigError, StageError) as problem:
         sys.exit(str(problem))

@@ -1,8 +1,8 @@
 """Ablations of both papers in the miniature world: each question a table, each row three seeds.
 
-    python ablate.py toolkit            SaFeR-ToolKit: stages, tiers, reward terms, topologies, prompt at evaluation
-    python ablate.py vlm                SaFeR-VLM: without reflection, with random data, without penalties
-    python ablate.py toolkit --seeds 0,1,2 --jobs 2 --to ablations.md
+    python -m extras.ablate toolkit            SaFeR-ToolKit: stages, tiers, reward terms, topologies, prompt at evaluation
+    python -m extras.ablate vlm                SaFeR-VLM: without reflection, with random data, without penalties
+    python -m extras.ablate toolkit --seeds 0,1,2 --jobs 2 --to ablations.md
 
 Every run is made by the commands that `bash run.sh tiny` uses, in out/ablate/<row>-<seed>, one thread each and several side by side.
 What rows share (base, data, earlier stages) is made once and copied. The same command goes on after an interruption; a finished row is
@@ -28,8 +28,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import protocol
-import toy
-from stage import StageError, lock_folder
+from extras import toy
+from trainer import StageError, lock_folder
 from tables import read_results
 
 ROOT, OUT = Path(__file__).resolve().parent, Path("out/ablate")
@@ -251,7 +251,7 @@ def main(argv):
     words.add_argument("method", nargs="?", default="toolkit", choices=tuple(RUNS))
     words.add_argument("--seeds", type=seed_list, default="0,1,2")
     words.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
-    words.add_argument("--to", type=Path, default=Path("ablations.md"), help="file whose tables are replaced")
+    words.add_argument("--to", type=Path, default=Path("docs/ablations.md"), help="file whose tables are replaced")
     words.add_argument("--out", type=Path, default=OUT, help="folder of the runs")
     chosen = words.parse_args(argv)
     if chosen.jobs < 1 or not chosen.to.resolve().parent.is_dir() or chosen.to.is_dir():

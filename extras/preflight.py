@@ -1,6 +1,6 @@
 """Before a run spends hours: GPUs and memory, model, data, judge; every problem at once, then the stages with estimated memory and time.
 
-    python preflight.py --recipe 3b --data my/data       exit status 0: all is there; 2: something is missing
+    python -m extras.preflight --recipe 3b --data my/data       exit status 0: all is there; 2: something is missing
 
 Memory follows from the shapes, line by line as model.py, rollout.py and stage.py allocate it. Time is work over an assumed share of what a
 GPU's data sheet promises. Both are estimates: on CUDA neither was measured, on a CPU memory was (tests/test_preflight.py). Ours throughout.
@@ -17,10 +17,10 @@ from transformers import AutoConfig, Qwen2_5_VLConfig
 
 import data
 import judge as judging
-import toy_base
+from extras import toy_base
 from config import STAGES, ConfigError, parse_config
 from rollout import OWN_STRIDE, PREFILL_TOKENS
-from stage import FEATURE_BYTES, base_folder, stage_steps
+from trainer import FEATURE_BYTES, base_folder, stage_steps
 
 VISION = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420)
 SHAPES = {  # where the hub cannot be asked. Source: the models' public config.json
@@ -119,7 +119,7 @@ def tokens_of_image(shapes, config):
 def training_memory(shapes, config, stage):
     """Bytes of one forward and backward pass over the longest group that the settings allow: it is never cut, so it has to fit.
 
-    With --micro_tokens 0 a pass takes more tokens than that where stage.token_budget finds room.
+    With --micro_tokens 0 a pass takes more tokens than that where trainer.token_budget finds room.
     """
     text, size = shapes.text_config, getattr(torch, config.dtype).itemsize
     c, inner, k = text.hidden_size, text.intermediate_size, responses_per_prompt(config, stage)
