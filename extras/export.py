@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 
 import data
 import model as modeling
-import planner
+
 import tables
 from config import STAGES, Config, check_config
 from trainer import StageError, base_folder, load_policy, lock_folder, pick_device

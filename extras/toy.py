@@ -19,7 +19,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 import judge
-import planner
+
 import protocol
 
 CELL = 28  # pixels: one cell is one image token (patch 14, merge 2)

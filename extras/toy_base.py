@@ -23,7 +23,7 @@ import data
 import judge
 import losses
 import model as modeling
-import planner
+
 import protocol
 from config import ConfigError, parse_config
 from extras import toy

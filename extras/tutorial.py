@@ -16,7 +16,7 @@ import torch
 import data
 import losses
 import model as modeling
-import planner
+
 import protocol
 import reward as rewarding
 import rollout
