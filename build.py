@@ -80,7 +80,7 @@ def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
     raise ValueError(f"perturbation {kind!r}: expected one of {', '.join(PERTURBATIONS)}")
 
 
-# ---- real data ----------------------------------------------------------------------------------------------------------
+# ---- real data -----------------------------------------------------------------------------------
 
 SIZES = {"sft": 6000, "grpo": 6000, "eval": 1000}  # items, as the paper; fewer raw items are shared out in the same proportion
 PAIRS = 3           # rejected responses per SFT item; paper: 18.6k of 6k items

@@ -4,9 +4,9 @@
     python config.py --get stages --recipe tiny     prints one of them
     python config.py --help                         prints all flags
 
-A text under a field is its help. Sources: TK is the released code of SaFeR-ToolKit, CN a reading note
-of the paper; "ours" is our own choice where the papers say nothing that could be found. A recipe is a
-set of other defaults; a flag overrides both.
+A text under a field is its help. Sources: TK is the released code of SaFeR-ToolKit, CN a reading
+note of the paper; "ours" is our own choice where the papers say nothing that could be found. A
+recipe is a set of other defaults; a flag overrides both.
 
 Also here, since every other file may need them: the one way to write a file, and the one guard that
 keeps a folder from being continued with other settings or inputs.
@@ -40,7 +40,8 @@ class Config:
     model: str = ""
     """base model: a folder or hub name; empty: the one that extras/toy_base.py trains"""
     data: str = ""
-    """folder with sft.jsonl, dpo.jsonl, grpo.jsonl, eval.jsonl; empty: the toy world's, in the run"""
+    """folder with sft.jsonl, dpo.jsonl, grpo.jsonl, eval.jsonl; empty: the toy world's, in the
+    run"""
     out: str = ""
     """folder of the run; empty: out/<recipe>, with the flags that differ from it in its name"""
     seed: int = 0
@@ -78,13 +79,15 @@ class Config:
     """pixels an image is enlarged to at least, everywhere. Paper: 262,144 in training (TK), 338^2
     in evaluation (TK)"""
     max_pixels: int = 3136
-    """pixels an image is shrunk to at most. Paper: 4,194,304 in training, 262,144 in evaluation (TK)"""
+    """pixels an image is shrunk to at most. Paper: 4,194,304 in training, 262,144 in evaluation
+    (TK)"""
     max_prompt: int = 640
     """tokens; a longer prompt is an error before training, never cut. Paper: 4,096 (TK)"""
     max_response: int = 160
     """tokens sampled, or trained on, per response. Paper: 2,048 (TK)"""
     lora_r: int = 16
-    """rank of the adapters. Ours: whether the paper trained adapters or all weights was not found"""
+    """rank of the adapters. Ours: whether the paper trained adapters or all weights was not
+    found"""
     lora_alpha: float = 32.0
     """adapters are scaled by alpha / r. Ours"""
     micro_tokens: int = 4096
@@ -109,8 +112,8 @@ class Config:
     sft_batch: int = 16
     """records per optimizer step, over all ranks. Ours"""
     sft_prompts: str = "generic,generic,planned"
-    """prompt modes a record takes turns in: planned, toolkit, generic. Ours: the evaluation names no
-    tool, so tool use must be internalised"""
+    """prompt modes a record takes turns in: planned, toolkit, generic. Ours: the evaluation names
+    no tool, so tool use must be internalised"""
 
     # ---- DPO
     dpo_lr: float = 2e-4
@@ -167,8 +170,8 @@ class Config:
 
     # ---- GRPO as SaFeR-VLM does it
     rollout: str = "plain"
-    """plain, reflect (the policy reflects on unsafe samples and corrects them; SaFeR-VLM) or discard
-    (they are left out; its ablation)"""
+    """plain, reflect (the policy reflects on unsafe samples and corrects them; SaFeR-VLM) or
+    discard (they are left out; its ablation)"""
     reflect_rounds: int = 1
     """corrections of a response that stays unsafe. Ours; the paper's number was not found"""
     credit: str = "prompt"
@@ -274,8 +277,8 @@ CHOICES = {
 }
 # The only numbers that may be 0.
 MAY_BE_0 = set(
-    "seed max_steps resume dry_run qi_low qi_high qi_unstable micro_tokens checkpointing weight_decay"
-    " warmup grpo_steps dual_clip kl_coef advantage_std weight_reasoning weight_logic"
+    "seed max_steps resume dry_run qi_low qi_high qi_unstable micro_tokens checkpointing"
+    " weight_decay warmup grpo_steps dual_clip kl_coef advantage_std weight_reasoning weight_logic"
     " weight_grounding weight_safety penalties eval_limit".split()
 )
 # A run may go on with others of these: they change rounding, or what is evaluated.
@@ -432,8 +435,8 @@ def sync(path):
 
 
 def write_whole(path, write):
-    """Call write(path of a part file), bring it to the disk, give it its name: every file of a run is
-    written so. A kill or a power cut leaves the old file or the new one, whole.
+    """Call write(path of a part file), bring it to the disk, give it its name: every file of a run
+    is written so. A kill or a power cut leaves the old file or the new one, whole.
 
     Raises OSError, with the old file as it was, when the disk is full or read-only.
     """
@@ -450,7 +453,8 @@ def write_whole(path, write):
             part.unlink(missing_ok=True)
         except OSError:
             pass
-        raise OSError(f"{path}: cannot be written ({error}); what was there is unchanged") from error
+        message = f"{path}: cannot be written ({error}); what was there is unchanged"
+        raise OSError(message) from error
 
 
 def write_text(path, text):
@@ -470,7 +474,8 @@ def fingerprint(*parts):
 
 
 def run_settings(config):
-    """All settings, and the judge model of the environment, which is one of them in all but form."""
+    """All settings, and the judge model of the environment, which is one of them in all but
+    form."""
     judge = os.environ.get("JUDGE_MODEL", "") if config.judge == "endpoint" else ""
     return dataclasses.asdict(config) | {"JUDGE_MODEL": judge}
 
@@ -490,9 +495,9 @@ def needed_settings(step):
 def guard(folder, config, step, inputs, write=True):
     """Keep a folder from being continued with other settings or inputs than it was begun with.
 
-    Args: step: see needed_settings; inputs: {name: fingerprint} of what the step starts from, such as
-    its records, the base, earlier adapters. The first call writes <folder>/config.json: settings,
-    inputs, git commit, versions. A later call compares, and adds inputs that are new.
+    Args: step: see needed_settings; inputs: {name: fingerprint} of what the step starts from, such
+    as its records, the base, earlier adapters. The first call writes <folder>/config.json:
+    settings, inputs, git commit, versions. A later call compares, and adds inputs that are new.
     Raises ConfigError, naming every difference.
     """
     path = Path(folder) / "config.json"
@@ -511,7 +516,9 @@ def guard(folder, config, step, inputs, write=True):
         for name in sorted(needed_settings(step)):
             if before.get(name) != settings[name]:
                 changed.append(f"{name} was {before.get(name)!r}, is {settings[name]!r}")
-        changed += [f"{name} changed" for name in inputs if known.get(name, inputs[name]) != inputs[name]]
+        for name, value in inputs.items():
+            if known.get(name, value) != value:
+                changed.append(f"{name} changed")
         if changed:
             raise ConfigError(
                 f"{folder} holds a run with other settings or inputs ({'; '.join(changed)}); "

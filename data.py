@@ -1,12 +1,15 @@
 """Records on disk -> token ids and image patches, the same way for SFT, DPO, GRPO and evaluation.
 
-A data set is a JSON-lines file, one record a line, images by path relative to the file. The released
-GRPO layout of SaFeR-ToolKit (a JSON list of {id, images, problem, answer}) is read too. A whole file is
-validated before anything trains: every problem is reported with its file, line and field.
+A data set is a JSON-lines file, one record a line, images by path relative to the file. The
+released GRPO layout of SaFeR-ToolKit (a JSON list of {id, images, problem, answer}) is read too. A
+whole file is validated before anything trains: every problem is reported with its file, line and
+field.
 
 Three rules that other code bases learned the hard way:
-  * prompt and response are tokenized apart and joined as ids: a prompt has the same tokens everywhere;
-  * an image is placed by structure; text is encoded with special tokens off, so no text can forge one;
+  * prompt and response are tokenized apart and joined as ids: a prompt has the same tokens
+  everywhere;
+  * an image is placed by structure; text is encoded with special tokens off, so no text can forge
+  one;
   * a prompt is never truncated: a record that is too long is refused by name, before training.
 """
 
@@ -112,7 +115,7 @@ def load_processor(folder, min_pixels, max_pixels):
     return Processor(tokenizer, image_processor, min_pixels, max_pixels, special)
 
 
-# ---- lines of JSON ---------------------------------------------------------------------------------
+# ---- lines of JSON -------------------------------------------------------------------------------
 
 
 def read_jsonl(path):
@@ -141,8 +144,8 @@ def read_jsonl(path):
 
 
 def resume_jsonl(path):
-    """The rows of a file that only grows: none where it is missing; a half last line, left by a kill,
-    is cut from the file first."""
+    """The rows of a file that only grows: none where it is missing; a half last line, left by a
+    kill, is cut from the file first."""
     path = Path(path)
     if not path.exists():
         return []
@@ -173,7 +176,7 @@ def markdown_table(head, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-# ---- records ---------------------------------------------------------------------------------------
+# ---- records -------------------------------------------------------------------------------------
 
 
 def set_path(folder, kind):
@@ -186,7 +189,8 @@ def set_path(folder, kind):
 def read_records(path, kind):
     """Read one data set, validated whole -> list of Record.
 
-    Args: path of a .jsonl file, or of a .json file in the released layout; kind: sft, dpo, grpo, eval.
+    Args: path of a .jsonl file, or of a .json file in the released layout; kind: sft, dpo, grpo,
+    eval.
     Raises DataError with every problem of the file: file, row, field, what was expected.
     """
     path = Path(path)
@@ -216,7 +220,8 @@ def read_records(path, kind):
 
 
 def read_released(path):
-    """Rows of the released layout: <image> tags open the problem; the reward never reads `answer`."""
+    """Rows of the released layout: <image> tags open the problem; the reward never reads
+    `answer`."""
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -228,7 +233,7 @@ def read_released(path):
         problem = str(item.get("problem", ""))
         images = item.get("images", [])
         if problem.count(IMAGE_TAG) != len(images):
-            raise DataError(f"{path}: record {number}: {IMAGE_TAG} tags and images differ in number")
+            raise DataError(f"{path}: record {number}: not as many {IMAGE_TAG} tags as images")
         question = problem.replace(IMAGE_TAG, "").strip()
         rows.append({"id": str(item.get("id", number)), "question": question, "images": images})
     return rows
@@ -266,7 +271,8 @@ def row_faults(row, kind, folder):
 
 @functools.lru_cache(maxsize=None)  # a picture is often in several records
 def image_fault(path):
-    """What is wrong with an image file, or None. It is decoded: a cut-off file shows it only then."""
+    """What is wrong with an image file, or None. It is decoded: a cut-off file shows it only
+    then."""
     try:
         with PIL.Image.open(path) as image:
             width, height = image.size
@@ -281,7 +287,8 @@ def image_fault(path):
 
 
 def records_fingerprint(records):
-    """One fingerprint of everything that training reads of these records; of images name and size."""
+    """One fingerprint of everything that training reads of these records; of images name and
+    size."""
     rows = []
     for record in records:
         images = [(os.path.basename(path), os.path.getsize(path)) for path in record.images]
@@ -289,7 +296,7 @@ def records_fingerprint(records):
     return fingerprint(rows)
 
 
-# ---- images ----------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
 
 def image_grid(width, height, processor):
@@ -346,10 +353,10 @@ def pads(grid, processor):
     return math.prod(grid) // processor.image_processor.merge_size**2
 
 
-# ---- what the policy is told -----------------------------------------------------------------------
+# ---- what the policy is told ---------------------------------------------------------------------
 
-# SaFeR-VLM: what an unsafe response is answered with, in the next turn of its chat. Ours; the paper's
-# wording was not found (PAPERS 2.3).
+# SaFeR-VLM: what an unsafe response is answered with, in the next turn of its chat. Ours; the
+# paper's wording was not found (PAPERS 2.3).
 REFLECTION_REQUEST = (
     "Was your response safe? Say inside <reflection> and </reflection> what was wrong with it, "
     "then respond again, with <thinking> and <answer> as before."
@@ -391,7 +398,8 @@ def tool_line(name):
 
 
 def system_prompt(mode, plan=None):
-    """The system prompt of one mode. Wording ours, and short: a model of a million parameters reads it.
+    """The system prompt of one mode. Wording ours, and short: a model of a million parameters reads
+    it.
 
     planned   states persona, tools and walk
     toolkit   lists all tools and lets the policy choose, as the released GRPO prompt (PAPERS 1.3)
@@ -415,8 +423,8 @@ def system_prompt(mode, plan=None):
     lines = []
     for tier, names in zip(TIERS, tools_by_tier(TOOLS)):
         lines += [f"{tier}:", *map(tool_line, names)]
-    opening = "You are a safe and helpful assistant. Call the tools you need, at least one of each tier,"
-    return "\n".join([f"{opening} {form}", *lines])
+    opening = "You are a safe and helpful assistant. Call the tools you need, at least one of each"
+    return "\n".join([f"{opening} tier, {form}", *lines])
 
 
 def prompt_mode(record, modes, epoch):
@@ -426,11 +434,20 @@ def prompt_mode(record, modes, epoch):
 
 
 def shown_plan(record, mode):
-    """The plan that a prompt of this mode states, or None: a trace is held only to what was shown."""
+    """The plan that a prompt of this mode states, or None: a trace is held only to what was
+    shown."""
     return record.plan if mode == "planned" else None
 
 
-# ---- tokens ----------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------
+
+
+ASSISTANT_TURN = [
+    (True, "<|im_end|>"),
+    (False, "\n"),
+    (True, "<|im_start|>"),
+    (False, "assistant\n"),
+]
 
 
 def render_prompt(system, question, image_pads):
@@ -445,14 +462,6 @@ def render_prompt(system, question, image_pads):
         segments += [(True, "<|image_pad|>")] * count
         segments.append((True, "<|vision_end|>"))
     return segments + [(False, question)] + ASSISTANT_TURN
-
-
-ASSISTANT_TURN = [
-    (True, "<|im_end|>"),
-    (False, "\n"),
-    (True, "<|im_start|>"),
-    (False, "assistant\n"),
-]
 
 
 def encode_text(text, processor):
@@ -494,7 +503,8 @@ def continue_prompt(prompt, response, request, processor):
 
 
 def encode_response(text, processor):
-    """Response text -> ids (R,) with the end of turn: a model that never trains on it never stops."""
+    """Response text -> ids (R,) with the end of turn: a model that never trains on it never
+    stops."""
     return encode_text(text, processor) + [processor.end_of_turn]
 
 
@@ -510,8 +520,8 @@ def decode_response(ids, processor):
 def check_lengths(records, modes, processor, max_prompt, max_response):
     """Count the tokens of every record before training.
 
-    Returns (longest prompt, mean image tokens, most image tokens). Raises DataError naming every record
-    over a limit, and every one that the planned prompt cannot be made for.
+    Returns (longest prompt, mean image tokens, most image tokens). Raises DataError naming every
+    record over a limit, and every one that the planned prompt cannot be made for.
     """
     problems = []
     longest = 0

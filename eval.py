@@ -36,7 +36,7 @@ from config import ConfigError, check_settings, parse_config, save_config
 from trainer import StageError, base_folder, join_ranks, load_policy, lock_folder, make_judge, pick_device
 from tables import group, mean_table, published_table, read_results, results_of, show, show_side, tell
 
-# ---- records ------------------------------------------------------------------------------------------------------------
+# ---- records -------------------------------------------------------------------------------------
 
 
 def read_all(config):
@@ -86,7 +86,7 @@ def asked(record):
         "answer": record.texts.get("answer"), "choices": record.texts.get("choices")}))  # as it will look when it is read from disk
 
 
-# ---- answers ------------------------------------------------------------------------------------------------------------
+# ---- answers -------------------------------------------------------------------------------------
 
 
 def answer_records(config, model, processor, records, mode, path, about, title=None):
@@ -160,7 +160,7 @@ def answer_all(config, records, folder, stages, modes, device, rank, world):
             answer_records(config, model, processor, left[stage, mode], mode, path, {"mode": mode, "weights": weights}, title)
 
 
-# ---- verdicts -----------------------------------------------------------------------------------------------------------
+# ---- verdicts ------------------------------------------------------------------------------------
 
 
 def judge_rows(judge, pairs):
@@ -212,7 +212,7 @@ def judge_all(config, judge, records, folder, stages, modes):
     return results
 
 
-# ---- command line -------------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def evaluate(config):

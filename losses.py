@@ -1,12 +1,13 @@
 """The objectives of the three stages: pure functions of tensors, the equation in each docstring.
 
-No model, device, configuration or logging in here. Every loss is a sum divided by a denominator that
-the caller gives: a count over the *global* batch, known before its micro-batches are run, so that
-neither micro-batches nor ranks can change a gradient. Metrics are sums too, to be added up and divided
-once. Nothing edits its inputs.
+No model, device, configuration or logging in here. Every loss is a sum divided by a denominator
+that the caller gives: a count over the *global* batch, known before its micro-batches are run, so
+that neither micro-batches nor ranks can change a gradient. Metrics are sums too, to be added up and
+divided once. Nothing edits its inputs.
 
-Paper: SFT, then DPO, then GRPO (PAPERS 1.5). The constants of GRPO are those of the released code; the
-settings of SFT and DPO beyond the learning rate were not found, so their standard forms are used.
+Paper: SFT, then DPO, then GRPO (PAPERS 1.5). The constants of GRPO are those of the released code;
+the settings of SFT and DPO beyond the learning rate were not found, so their standard forms are
+used.
 
 Letters in shapes: S responses, T tokens (right-padded), B pairs, G groups, K responses per group.
 """
@@ -60,9 +61,9 @@ def group_advantages(rewards, use_std, eps=1e-6):
     """Group-relative advantages (GRPO): A_k = r_k - mean(r), over std(r) + eps if use_std.
 
     Mean and unbiased standard deviation run over the scored samples of a group (PAPERS 1.5; without
-    std: Dr. GRPO). A group teaches nothing when fewer than two samples were scored, or when all scored
-    rewards are equal (max - min < 1e-6, a test on the rewards: eps alone would blow rounding errors
-    up to advantages of size 1).
+    std: Dr. GRPO). A group teaches nothing when fewer than two samples were scored, or when all
+    scored rewards are equal (max - min < 1e-6, a test on the rewards: eps alone would blow rounding
+    errors up to advantages of size 1).
 
     Args: rewards (G, K), NaN where there is no score.
     Returns advantages (G, K) float32, 0 where unscored or where the group teaches nothing; spread
@@ -114,15 +115,16 @@ def grpo_loss(
         loss  = reduce(-gain + kl_coef * k3)
 
     reduce: "token": sum over tokens / tokens; "sequence": mean over a response's tokens, then sum
-    over responses / responses; "constant": sum over tokens / constant_length / responses (Dr. GRPO).
-    The divisor is `denominators(...)[mean]`. k3: joschu.net/blog/kl-approx.html. Log-ratios are
-    clamped to +-20 before exp, and counted. On policy, old_logprobs = logprobs.detach().
+    over responses / responses; "constant": sum over tokens / constant_length / responses (Dr.
+    GRPO). The divisor is `denominators(...)[mean]`. k3: joschu.net/blog/kl-approx.html. Log-ratios
+    are clamped to +-20 before exp, and counted. On policy, old_logprobs = logprobs.detach().
 
     Args: logprobs, old_logprobs, mask (S, T); ref_logprobs (S, T), or None without a KL term;
     advantages (S,); dual_clip: > 1, or 0 or None.
-    Returns loss, metrics: sums over tokens: tokens, clip_low_share, clip_high_share, dual_clip_share,
-    clamped, kl (k3; 0 without a reference).
-    Raises ValueError on an unknown mean, "constant" without its length, a KL term without reference.
+    Returns loss, metrics: sums over tokens: tokens, clip_low_share, clip_high_share,
+    dual_clip_share, clamped, kl (k3; 0 without a reference).
+    Raises ValueError on an unknown mean, "constant" without its length, a KL term without
+    reference.
     """
     if mean not in ("token", "sequence", "constant"):
         raise ValueError(f"mean is {mean!r}; expected token, sequence or constant")

@@ -1,11 +1,11 @@
 """Qwen2.5-VL: LoRA by hand, a forward over packed groups, token log-probabilities.
 
-transformers holds the weights and runs the vision tower. The language model's forward is written out
-here over those weights (`decoder_layer`, `run_layers`); training and sampling call the same functions,
-so a rollout's log-probabilities are the trainer's.
+transformers holds the weights and runs the vision tower. The language model's forward is written
+out here over those weights (`decoder_layer`, `run_layers`); training and sampling call the same
+functions, so a rollout's log-probabilities are the trainer's.
 
-A *group* is one prompt and its K responses. Groups are laid end to end without padding; each prompt is
-there once, and its responses follow, at positions that continue the prompt's:
+A *group* is one prompt and its K responses. Groups are laid end to end without padding; each prompt
+is there once, and its responses follow, at positions that continue the prompt's:
 
     row        0  1  2  3  4 | 5  6 | 7  8  9 | 10 ...
     token      p0 p1 p2 p3 p4| a0 a1| b0 b1 b2| next group
@@ -14,12 +14,12 @@ there once, and its responses follow, at positions that continue the prompt's:
     sees       p: p up to itself      a: all of p, a up to itself      b: all of p, b up to itself
     predicts   p4 -> a0 and b0        a0 -> a1, a1 -> a2               b0 -> b1, b1 -> b2, b2 -> b3
 
-The last token of a response (a2, b3) is only predicted, so it is no input. This is exact, and on the
-prompt K times cheaper than K separate rows (ours; neither paper describes its training layout).
+The last token of a response (a2, b3) is only predicted, so it is no input. This is exact, and on
+the prompt K times cheaper than K separate rows (ours; neither paper describes its training layout).
 
 Letters in shapes: N packed tokens, C hidden size, H heads, Hkv key/value heads, D head size,
-V vocabulary, K responses per group, S responses in all, P prompt length, R response length, T longest
-response of a batch, M response tokens in all.
+V vocabulary, K responses per group, S responses in all, P prompt length, R response length, T
+longest response of a batch, M response tokens in all.
 """
 
 import contextlib
@@ -59,11 +59,12 @@ class ModelError(RuntimeError):
     """A model folder or an adapter file that cannot be used, and what to do about it."""
 
 
-# ---- loading ---------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 def load_model(folder, dtype, device):
-    """Load Qwen2.5-VL from a folder or a hub name: safetensors only, eval mode, every weight frozen.
+    """Load Qwen2.5-VL from a folder or a hub name: safetensors only, eval mode, every weight
+    frozen.
 
     Args: dtype: torch.float32 or torch.bfloat16.
     Raises ModelError: no config, no weights, another architecture, missing tensors.
@@ -81,7 +82,7 @@ def load_model(folder, dtype, device):
             raise ModelError(f"{folder}: holds a {config.model_type} model, not qwen2_5_vl")
         rope = config.text_config.rope_parameters.get("rope_type", "default")
         if config.text_config.use_sliding_window or rope != "default":
-            raise ModelError(f"{folder}: uses sliding windows or scaled positions, not computed here")
+            raise ModelError(f"{folder}: sliding windows and scaled positions are not computed here")
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder,
             dtype=dtype,
@@ -89,10 +90,10 @@ def load_model(folder, dtype, device):
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:  # no such name, no network, no JSON
+    except ModelError:
+        raise
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # no name, network, JSON
         raise ModelError(f"{folder}: cannot be loaded: {error}") from error
-    except RuntimeError as error:
-        raise error if isinstance(error, ModelError) else ModelError(f"{folder}: {error}") from error
     # transformers fills what a file lacks with random numbers and only warns
     wrong = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
     if wrong:
@@ -112,7 +113,7 @@ def banned_token_ids(model):
     return sorted({config.image_token_id, config.video_token_id} | starts)
 
 
-# ---- LoRA ------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Module):
@@ -122,8 +123,8 @@ class LoRALinear(nn.Module):
         x ---|                                           (+)--> y
              +--> A (r, in) --> * alpha/r --> B (out, r) +
 
-    A and B are float32 and multiply in x's dtype. A starts Gaussian with variance 1 / in, B at zero:
-    at the start y is the base's. Source: LoRA (Hu et al. 2021), section 4.1.
+    A and B are float32 and multiply in x's dtype. A starts Gaussian with variance 1 / in, B at
+    zero: at the start y is the base's. Source: LoRA (Hu et al. 2021), section 4.1.
     """
 
     def __init__(self, base, r, alpha, generator):
@@ -166,7 +167,8 @@ def lora_layers(model):
 def attach_lora(model, r, alpha, seed):
     """Wrap the language model's seven linear maps of every layer; freeze everything else.
 
-    Args: alpha: the update is scaled by alpha / r; seed: of A's start values, on every device alike.
+    Args: alpha: the update is scaled by alpha / r; seed: of A's start values, on every device
+    alike.
     Raises ModelError when adapters are attached already.
     """
     if lora_layers(model):
@@ -205,7 +207,8 @@ def adapters_off(model):
 
 @contextlib.contextmanager
 def cast_adapters(model):
-    """Inside the block A and B are cast and scaled once, not at every call: sampling calls often."""
+    """Inside the block A and B are cast and scaled once, not at every call: sampling calls
+    often."""
     layers = list(lora_layers(model).values())
     try:
         for layer in layers:
@@ -221,8 +224,8 @@ def cast_adapters(model):
 def merge_lora(model):
     """Fold every adapter into its weight, W <- W + (alpha / r) B A, in float32, and remove it.
 
-    Raises ModelError, before anything changes, when an adapter with a nonzero B would leave its weight
-    as it is: the update is below the resolution of the weight's dtype.
+    Raises ModelError, before anything changes, when an adapter with a nonzero B would leave its
+    weight as it is: the update is below the resolution of the weight's dtype.
     """
     for name, layer in lora_layers(model).items():
         weight = layer.base.weight
@@ -238,7 +241,8 @@ def merge_lora(model):
 
 
 def save_adapter(model, path, metadata):
-    """Write all A and B, float32, to a safetensors file; rank, alpha and metadata are in its header.
+    """Write all A and B, float32, to a safetensors file; rank, alpha and metadata are in its
+    header.
 
     Tensors: `model.language_model.layers.<i>.<target>.A` (r, in) and `.B` (out, r).
     """
@@ -272,8 +276,8 @@ def read_adapter(path):
 def load_adapter(model, path):
     """Load an adapter file, attaching adapters of its rank and alpha when the model has none.
 
-    Returns the metadata that save_adapter was given. Raises ModelError, with no value loaded, when a
-    tensor is missing, unexpected or of another shape, or when alpha / r differs.
+    Returns the metadata that save_adapter was given. Raises ModelError, with no value loaded, when
+    a tensor is missing, unexpected or of another shape, or when alpha / r differs.
     """
     tensors, header = read_adapter(path)
     if not lora_layers(model):
@@ -296,7 +300,7 @@ def load_adapter(model, path):
     return header["metadata"]
 
 
-# ---- images ----------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
 
 def encode_images(model, images, grad=False):
@@ -327,18 +331,18 @@ def encode_images(model, images, grad=False):
     return features
 
 
-# ---- positions -------------------------------------------------------------------------------------
+# ---- positions -----------------------------------------------------------------------------------
 
 
 def rope_positions(ids, grids, image_token_id, merge_size):
     """Three-row rotary positions of one prompt (Qwen2.5-VL's mRoPE: temporal, height, width).
 
-    Text counts up by one in all rows. An image that starts at position s gives its token (t, h, w) the
-    positions (s + t, s + h, s + w); the text after it goes on at s + max(rows, columns).
+    Text counts up by one in all rows. An image that starts at position s gives its token (t, h, w)
+    the positions (s + t, s + h, s + w); the text after it goes on at s + max(rows, columns).
 
     Args: ids: (P,) ints; grids: (t, h, w) in patches for each image; merge_size: patches per token
-    along a side. Returns (LongTensor (3, P), next position). Raises ValueError when pads and grids do
-    not match.
+    along a side. Returns (LongTensor (3, P), next position). Raises ValueError when pads and grids
+    do not match.
     """
     ids = list(ids)
     sizes = [math.prod(grid) // merge_size**2 for grid in grids]
@@ -382,7 +386,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-# ---- the language model's forward ------------------------------------------------------------------
+# ---- the language model's forward ----------------------------------------------------------------
 
 
 def decoder_layer(layer, x, cos, sin, attend, keep=None):
@@ -407,7 +411,8 @@ def decoder_layer(layer, x, cos, sin, attend, keep=None):
 def run_layers(model, x, positions, attend, checkpoint=False, keep=None):
     """All decoder layers and the final norm, the same for training, prefill and decoding.
 
-    Args: x: (N, C) embedded tokens; positions: (3, N); attend(i, q, k, v): the attention of layer i;
+    Args: x: (N, C) embedded tokens; positions: (3, N); attend(i, q, k, v): the attention of layer
+    i;
     checkpoint: recompute each layer in the backward pass instead of keeping its activations; keep:
     (M,) the rows whose output is wanted, None for all. Returns (N, C) or (M, C).
     """
@@ -486,11 +491,11 @@ def group_attention(sizes, i, q, k, v):
     Args: sizes: of Packed; q (N, H, D); k, v (N, Hkv, D); the layer i does not matter here.
     Returns (N, H * D).
 
-    The K responses of a group are K rows, right-padded: a padded key comes after every real query of
-    its row. causal_lower_right lets the first of R queries see the first P + 1 of P + R keys.
+    The K responses of a group are K rows, right-padded: a padded key comes after every real query
+    of its row. causal_lower_right lets the first of R queries see the first P + 1 of P + R keys.
     """
     repeat = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(repeat, dim=1)  # (N, H, D): on CUDA not every kernel takes grouped heads
+    k = k.repeat_interleave(repeat, dim=1)  # (N, H, D); not every CUDA kernel takes grouped heads
     v = v.repeat_interleave(repeat, dim=1)
     out = []
     start = 0
@@ -532,7 +537,7 @@ def forward_packed(model, packed, checkpoint=False, attend=None, keep=None):
     return run_layers(model, x, packed.positions, attend, checkpoint, keep)
 
 
-# ---- log-probabilities -----------------------------------------------------------------------------
+# ---- log-probabilities ---------------------------------------------------------------------------
 
 
 def log_softmax_banned(logits, banned, temperature):
@@ -556,8 +561,9 @@ def head_logprobs(lm_head, hidden, targets, banned, temperature, entropy):
 def token_logprobs(model, groups, features, temperature=1.0, checkpoint=False, entropy=False):
     """Log-probability of every response token, at the sampling temperature, vision tokens excluded.
 
-    Args: groups: list of (Prompt, K lists of ids); features: of encode_images; checkpoint: recompute
-    layers in the backward pass. No tensor of (positions, V) larger than (LOGPROB_CHUNK, V) is made.
+    Args: groups: list of (Prompt, K lists of ids); features: of encode_images; checkpoint:
+    recompute layers in the backward pass. No tensor of (positions, V) larger than (LOGPROB_CHUNK,
+    V) is made.
     Returns logprobs (S, T) float32, 0 where padded, and mask (S, T) bool, from lengths; with
     entropy=True also the entropy (S, T) in nats, without gradient. S counts all responses in order.
     """

@@ -1,12 +1,14 @@
-"""The checkable protocol: tools, personas, topologies, plans, and the checker of a written tool trace.
+"""The checkable protocol: tools, personas, topologies, plans, and the checker of a written tool
+trace.
 
-SaFeR-ToolKit (arXiv 2603.02635) fixes a persona, a tool set in three tiers (Perception -> Reasoning ->
-Decision) and a graph of allowed tool transitions; the policy writes a typed key-value trace, then its
-answer. Tools are text, nothing is executed.
+SaFeR-ToolKit (arXiv 2603.02635) fixes a persona, a tool set in three tiers (Perception -> Reasoning
+-> Decision) and a graph of allowed tool transitions; the policy writes a typed key-value trace,
+then its answer. Tools are text, nothing is executed.
 
-From the paper or its released prompt: the tiers, nine tool names, JAILBREAK-SENTINEL as its example of
-a custom tool, the names of the five topologies, the three parts of a plan. Ours, because the paper's
-text leaves it open: the typed fields, the personas, the edges of each topology, all checker rules.
+From the paper or its released prompt: the tiers, nine tool names, JAILBREAK-SENTINEL as its example
+of a custom tool, the names of the five topologies, the three parts of a plan. Ours, because the
+paper's text leaves it open: the typed fields, the personas, the edges of each topology, all checker
+rules.
 
 Departure: the released prompt lets the policy invent tools; here an unknown tool is a violation, or
 the trace could not be checked.
@@ -25,8 +27,8 @@ LOOP_ROUNDS = 2  # a loop may look at the evidence this many times
 MAX_VALUE = 300  # characters in one field; a longer one is no observation but a second answer
 MAX_RESPONSE = 16_000  # characters in all; the paper's 2,048 tokens are about half of this
 CATEGORIES = (
-    "none|violence|weapons|poison|arson|fraud|privacy|hate|sexual|self-harm|extremism|misinformation"
-    "|other"
+    "none|violence|weapons|poison|arson|fraud|privacy|hate|sexual|self-harm|extremism"
+    "|misinformation|other"
 )
 TAGS = ("<thinking>", "</thinking>", "<answer>", "</answer>")
 
@@ -40,7 +42,7 @@ class Field:
 
     name: str
     wanted: str  # as prompts and messages say it: `low|medium|high`, `0..10`, or `text`
-    values: tuple[str, ...]  # all that are allowed, () for text; "07" and "+7" are not how 7 is written
+    values: tuple[str, ...]  # all that are allowed, () for text; "07" is not how 7 is written
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,12 @@ PERSONAS = {
 }
 MAY_BE_NONE = {"objects", "text", "terms", "evidence"}  # finding nothing is a finding there
 FILLERS = set(
-    "n/a na text string value placeholder tbd null nil undefined something anything blah foo bar asdf"
-    " empty blank".split()
+    "n/a na text string value placeholder tbd null nil undefined something anything blah foo bar"
+    " asdf empty blank".split()
 ) | {"", "lorem ipsum"}
 
 
-# ---- plans and graphs ------------------------------------------------------------------------------
+# ---- plans and graphs ----------------------------------------------------------------------------
 
 
 class PlanError(ValueError):
@@ -127,7 +129,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Graph:
-    """Who may follow whom. A loop also has rounds, and a refusing gate ends a shield: _check_walk."""
+    """Who may follow whom. A loop also has rounds, and a refusing gate ends a shield:
+    _check_walk."""
 
     edges: dict[str, set[str]]  # tool -> tools that may come next
     start: set[str]
@@ -180,7 +183,8 @@ def _plan_problems(persona, tools, topology):
 
 
 def make_plan(persona, tools, topology) -> Plan:
-    """A validated Plan. Raises PlanError with a sentence for every problem; wrong types are problems."""
+    """A validated Plan. Raises PlanError with a sentence for every problem; wrong types are
+    problems."""
     names = tools if isinstance(tools, (list, tuple)) else [None]
     if not all(isinstance(word, str) for word in (persona, topology, *names)):
         raise PlanError(["persona and topology must be strings, tools a list of tool names."])
@@ -196,9 +200,10 @@ def plan_to_dict(plan: Plan) -> dict:
 
 
 def plan_from_dict(value) -> Plan:
-    """Inverse of `plan_to_dict`. Raises PlanError on other keys and on whatever make_plan refuses."""
+    """Inverse of `plan_to_dict`. Raises PlanError on other keys and on whatever make_plan
+    refuses."""
     if not isinstance(value, dict) or set(value) != {"persona", "tools", "topology"}:
-        raise PlanError(["A plan is an object with the keys persona, tools and topology, no others."])
+        raise PlanError(["A plan is an object with the keys persona, tools and topology."])
     return make_plan(**value)
 
 
@@ -246,13 +251,15 @@ def plan_graph(plan: Plan) -> Graph:
     """The plan's Graph. Ours: the paper names the topologies only.
 
     linear  one chain in plan order.
-    tree    root = first perception tool; the i-th further perception tool leads to the i-th reasoning
+    tree    root = first perception tool; the i-th further perception tool leads to the i-th
+    reasoning
             tool; these branches are walked one after the other in any order; every branch may lead
             to the decision tools.
     mesh    any order inside a tier, forward between tiers, never back.
     shield  perception, then SAFETY-GATE at once; refuse ends there, else reasoning must follow and
             further decision tools may.
-    loop    mesh plus reasoning -> perception, at most LOOP_ROUNDS rounds; each round may call a tool
+    loop    mesh plus reasoning -> perception, at most LOOP_ROUNDS rounds; each round may call a
+    tool
             again.
     Raises PlanError when the plan was built by hand and is not valid."""
     problems = _plan_problems(plan.persona, plan.tools, plan.topology)
@@ -271,7 +278,7 @@ def _fitting_graphs(tools):
     return found
 
 
-# ---- writing ---------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def render_call(tool: str, fields: dict[str, str]) -> str:
@@ -292,7 +299,7 @@ def render_response(calls, answer: str) -> str:
     return f"<thinking>\n{lines}\n</thinking>\n<answer>\n{answer.strip()}\n</answer>"
 
 
-# ---- checking --------------------------------------------------------------------------------------
+# ---- checking ------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -308,9 +315,9 @@ class Call:
 @dataclass(slots=True)
 class Violation:
     kind: str
-    # format, empty, too-long (the blocks); unknown-tool, outside-plan, unknown-field, missing-field,
-    # repeated-field, bad-type, filler (a call); bad-start, illegal-transition, repeated-call,
-    # missing-tier, bad-end (the walk); contradiction
+    # format, empty, too-long (the blocks); unknown-tool, outside-plan, unknown-field,
+    # missing-field, repeated-field, bad-type, filler (a call); bad-start, illegal-transition,
+    # repeated-call, missing-tier, bad-end (the walk); contradiction
     line: int
     text: str  # the offending text, cut to 80 characters
     message: str  # one sentence for a person
@@ -470,7 +477,8 @@ def _check_repeat(call, first, topology, found):
 def _check_walk(walk, graph, topology, last_line):
     """(violations, lines of repeated calls) of calls to the graph's tools, in the order written.
 
-    A repeated call is reported and then passed over, so one extra call is one violation, not three."""
+    A repeated call is reported and then passed over, so one extra call is one violation, not
+    three."""
     found = []
     repeated = set()
     gates = [call.fields.get("decision") for call in walk if call.tool == GATE]
@@ -515,7 +523,8 @@ def _check_end(visits, last_tool, graph, topology, refused, last_line, found):
     for tier, members in zip(TIERS, tools_by_tier(visits)):
         spared = refused and tier == "reasoning"
         if not members and not spared:
-            _report(found, "missing-tier", last_line, tier, f"The trace has no call of the {tier} tier.")
+            message = f"The trace has no call of the {tier} tier."
+            _report(found, "missing-tier", last_line, tier, message)
     end = graph.end
     if topology == "shield":  # it may end at its gate only when that refuses, and must when it does
         end = {GATE} if refused else graph.end - {GATE}
@@ -565,9 +574,9 @@ def _check_contradictions(calls, found):
 def check(response: str, plan: Plan | None = None) -> Check:
     """Check a response against its plan; never raises on any text, and takes time linear in it.
 
-    plan None: no plan was shown (generic and toolkit prompts). The trace is legal when one of the five
-    topologies over the tools it used, in order of first use, allows it; else the violations reported
-    are those of the closest topology. Ours throughout (PAPERS 1.2: [N])."""
+    plan None: no plan was shown (generic and toolkit prompts). The trace is legal when one of the
+    five topologies over the tools it used, in order of first use, allows it; else the violations
+    reported are those of the closest topology. Ours throughout (PAPERS 1.2: [N])."""
     graph = plan_graph(plan) if plan else None
     found = []
     calls = []

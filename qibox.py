@@ -45,7 +45,7 @@ SCORING = ("seed", "qi_samples", "max_response", "temperature", "min_pixels", "m
 BOXING = ("curate", "seed", "qi_by", "qi_low", "qi_high", "qi_unstable")
 
 
-# ---- quality, instability, box ------------------------------------------------------------------------------------------
+# ---- quality, instability, box -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def box(points, by, low, high, unstable):
     return bounds, [name for name, point in points.items() if fate_of(point, bounds) == "in the box"]
 
 
-# ---- scores -------------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 def fingerprint(records):
@@ -236,7 +236,7 @@ def read_scores(config, records):
     return scores, abouts
 
 
-# ---- the box ------------------------------------------------------------------------------------------------------------
+# ---- the box -------------------------------------------------------------------------------------
 
 
 def read_benchmarks(config, against):
@@ -371,7 +371,7 @@ def draw_box(config, against):
         print("qibox: the instability bound is 0 and keeps out nothing: many records got equal scores; more --qi_samples tell them apart")
 
 
-# ---- command line -------------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def split_against(argv):

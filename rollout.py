@@ -322,7 +322,7 @@ def sample(model, prompts, features, k, max_tokens, temperature, eos_id, seeds, 
     return results
 
 
-# ---- SaFeR-VLM: reflect and correct (PAPERS 2.3) -----------------------------------------------------------------------------
+# ---- SaFeR-VLM: reflect and correct (PAPERS 2.3) -------------------------------------------------
 
 
 @dataclass(eq=False)  # two trajectories with equal words are still two

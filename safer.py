@@ -34,7 +34,7 @@ from trainer import (StageError, add, append_log, batch_at, check_finite, encode
                    save_checkpoint, say, stable_hash, stage_steps, steps_of, token_logprobs, total, write_metrics)
 
 
-# ---- SFT ----------------------------------------------------------------------------------------------------------------
+# ---- SFT -----------------------------------------------------------------------------------------
 
 
 def train_sft(run, records):
@@ -58,7 +58,7 @@ def train_sft(run, records):
         bar.set_postfix(loss=f"{metrics['loss']:.3f}")
 
 
-# ---- DPO ----------------------------------------------------------------------------------------------------------------
+# ---- DPO -----------------------------------------------------------------------------------------
 
 
 def train_dpo(run, records):
@@ -94,7 +94,7 @@ def train_dpo(run, records):
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}", margin=f"{metrics['margin']:.2f}")
 
 
-# ---- GRPO ---------------------------------------------------------------------------------------------------------------
+# ---- GRPO ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -366,7 +366,7 @@ def show_progress(run, bar, metrics):
         say(run, f"step {step}: {metrics['truncated']:.0%} of the responses were cut at --max_response {run.config.max_response}")
 
 
-# ---- command line -------------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def records_path(config, stage):

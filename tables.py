@@ -24,7 +24,7 @@ def group(benchmark):
     return benchmarks.BENCHMARKS[benchmark].group if benchmark in benchmarks.BENCHMARKS else "own"
 
 
-# ---- numbers ------------------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def results_of(stage, mode, rows, resamples):
     return results
 
 
-# ---- the tables ---------------------------------------------------------------------------------------------------------
+# ---- the tables ----------------------------------------------------------------------------------
 
 
 def markdown(head, rows):
@@ -253,7 +253,7 @@ def show_side(folders):
         tell(f"Cases of implicit risk alone, under the {mode} prompt\n\n", main_table(results, mode, "implicit"))
 
 
-# ---- published numbers --------------------------------------------------------------------------------------------------
+# ---- published numbers ---------------------------------------------------------------------------
 
 SHARES = "Safety / Helpfulness / Rigor, % at 3; general: accuracy"
 ST, MEASURED = "Safety / Helpfulness, % at 3 (SaFeR-Steer)", "beavertails-v mm-safetybench spa-vl vlguard vlsbench average".split()

@@ -68,7 +68,7 @@ class StageError(RuntimeError):
     """A check failed; the message says which and what to do."""
 
 
-# ---- opening a stage ----------------------------------------------------------------------------------------------------
+# ---- opening a stage -----------------------------------------------------------------------------
 
 
 def pick_device(config, local_rank):
@@ -198,7 +198,7 @@ def say(run, text):
         tqdm.write(text)
 
 
-# ---- checkpoints and metrics --------------------------------------------------------------------------------------------
+# ---- checkpoints and metrics ---------------------------------------------------------------------
 
 
 def save_checkpoint(run, step):
@@ -353,7 +353,7 @@ def write_metrics(run, step, **extra):
     return row
 
 
-# ---- one optimiser step -------------------------------------------------------------------------------------------------
+# ---- one optimiser step --------------------------------------------------------------------------
 
 
 def learning_rate(config, stage, step, steps):
