@@ -82,7 +82,7 @@ def load_model(folder, dtype, device):
             raise ModelError(f"{folder}: holds a {config.model_type} model, not qwen2_5_vl")
         rope = config.text_config.rope_parameters.get("rope_type", "default")
         if config.text_config.use_sliding_window or rope != "default":
-            raise ModelError(f"{folder}: sliding windows and scaled positions are not computed here")
+            raise ModelError(f"{folder}: no sliding window or scaled position is computed here")
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder,
             dtype=dtype,
