@@ -1,28 +1,47 @@
-"""Sampling: K answers per prompt, with their log-probabilities, from the same forward pass that training runs; and the second turn of
-SaFeR-VLM's rollout, in which the policy reflects on an unsafe answer and corrects it (`correct`, at the end).
+"""Sampling: K responses per prompt, with their log-probabilities, by the forward that training
+runs; and the second turn of SaFeR-VLM's rollout, in which the policy reflects on an unsafe response
+and corrects it (`correct`).
 
-A prompt is prefilled once and its keys and values are kept once; its K samples attend to them by folding into the query dimension.
-Every sample has a preallocated cache of its own for the tokens it writes. Rows that finish leave at once and waiting samples take
-their place, so the linear layers only ever see live rows. Temperature is the only transform: no top-k, top-p or penalty exists here,
-and no generation config is read. Each sample draws from its own stream of random numbers, so what it says does not depend on
-which other samples stand beside it.
+Every sample in flight is a row. Its cache holds the prompt's keys and values, copied in when it is
+admitted, then those of the tokens that it has drawn:
 
-Letters in shapes: n live rows, m live prompts (slots), W most rows of one slot, K samples per prompt, L layers, H heads,
-Hkv key/value heads, D head size, P longest prompt, T most new tokens, V vocabulary.
+    row 0   p p p p p p | a a a . . .      lengths = 9: entries that are filled
+    row 1   q q q | b b b b b . . . .      lengths = 8
+    row 2   p p p p p p | c . . . . .      lengths = 7
+            0                       11     a row sees its entries 0..lengths, with the new token's
+
+A step feeds each row its last token, which becomes entry `lengths`, and draws the next one. A row
+that ends takes the next waiting sample in place. Each prompt is prefilled once for its K samples.
+
+Temperature is the only transform: no top-k, top-p or penalty exists here, and no generation config
+is read. Each sample draws from its own stream of random numbers, so what it says depends neither on
+the other rows nor on their number. Ours; the papers do not describe their samplers.
+
+Letters in shapes: n rows, L layers, H heads, Hkv key/value heads, D head size, X entries of a row's
+cache, T most new tokens, C hidden size, V vocabulary.
 """
 
 import hashlib
-import math
 from collections import deque
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
-from model import banned_token_ids, forward_packed, log_softmax_banned, pack_groups, packed_attention, run_layers, take
+import protocol
+from data import Prompt, continue_prompt, decode_response, encode_response
+from model import (
+    banned_token_ids,
+    cast_adapters,
+    forward_packed,
+    group_attention,
+    log_softmax_banned,
+    pack_groups,
+    run_layers,
+)
 
-OWN_STRIDE = 64  # new tokens by which the fixed shapes of a decoding step grow
+STRIDE = 64  # smallest number of cache entries that a CUDA graph is captured for; then it doubles
 PREFILL_TOKENS = 4096  # prompt tokens that go through the model together
 
 
@@ -35,305 +54,283 @@ class Sample:
     finished: bool  # False: cut at max_tokens
 
 
-@dataclass
-class State:
-    """All rows and prompts in flight. Live rows are 0..n-1 and live slots 0..m-1, so every step works on slices, never on gathers."""
-
-    prompt_cache: torch.Tensor  # (L, 2, slots, Hkv, P, D) keys and values of each prompt
-    own_cache: torch.Tensor  # (L, 2, rows, Hkv, T, D) keys and values of each row's own tokens
-    prompt_lengths: torch.Tensor  # (slots,)
-    prompt_hidden: torch.Tensor  # (slots, C) output at the prompt's last token: it predicts a response's first
-    prompt_next: torch.Tensor  # (slots,) rotary position of a response's first token
-    slot: torch.Tensor  # (rows,) the prompt that a row continues
-    lengths: torch.Tensor  # (rows,) tokens drawn so far
-    uniforms: torch.Tensor  # (rows, T) a row's random numbers
-    tokens: torch.Tensor  # (rows, T)
-    logprobs: torch.Tensor  # (rows, T)
-    owner: list  # per row: (prompt, sample)
-    prompt: list  # per slot: which prompt
-    started: list  # per slot: samples started
-    finished: list  # per slot: samples finished
-    n: int = 0
-    m: int = 0
-
-
-def new_state(model, rows, slots, prompt_length, max_tokens):
-    """Empty caches. Zeros, not uninitialised: a hidden key has weight 0, and 0 * NaN would be NaN."""
-    text, device, dtype = model.config.text_config, model.device, model.dtype
-    shape = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
-    integers = dict(dtype=torch.long, device=device)
-    return State(
-        prompt_cache=torch.zeros(text.num_hidden_layers, 2, slots, shape[0], prompt_length, shape[1], device=device, dtype=dtype),
-        own_cache=torch.zeros(text.num_hidden_layers, 2, rows, shape[0], max_tokens, shape[1], device=device, dtype=dtype),
-        prompt_lengths=torch.zeros(slots, **integers), prompt_hidden=torch.zeros(slots, text.hidden_size, device=device, dtype=dtype),
-        prompt_next=torch.zeros(slots, **integers), slot=torch.zeros(rows, **integers), lengths=torch.zeros(rows, **integers),
-        uniforms=torch.zeros(rows, max_tokens, dtype=torch.float64, device=device), tokens=torch.zeros(rows, max_tokens, **integers),
-        logprobs=torch.zeros(rows, max_tokens, device=device), owner=[None] * rows,
-        prompt=[0] * slots, started=[0] * slots, finished=[0] * slots)
-
-
 def uniform_stream(seed, index, count):
-    """`count` uniforms in [0, 1) (float64) of sample `index` under a prompt's seed; the same on every machine, batch and rank."""
+    """`count` uniforms in [0, 1), float64, of sample `index` under a prompt's seed, anywhere
+    alike."""
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 def draw(logprobs, uniforms):
-    """Inverse-CDF sampling: logprobs (n, V), uniforms (n,) in [0, 1) -> ids (n,). A token of probability 0 is never drawn."""
+    """Inverse-CDF sampling: logprobs (n, V), uniforms (n,) in [0, 1) -> ids (n,).
+
+    A token of probability 0 is never drawn: the factor keeps u * total below total whatever the
+    rounding, and right=True steps over tokens that add nothing to the sum.
+    """
     cdf = logprobs.double().exp().cumsum(dim=1)  # (n, V)
-    # the factor keeps u * total below total whatever the rounding; right=True steps over tokens that add nothing to the sum
     point = uniforms * (1 - 2.0**-40) * cdf[:, -1]
     return torch.searchsorted(cdf, point[:, None], right=True).squeeze(1)
 
 
-def attend_part(q, keys, values, absent):
-    """Softmax attention over one part of the keys, with the log of its normaliser, by which parts are joined exactly.
-
-    Args: q (b, M, D); keys, values (b, X, D); absent: (b, 1, X) bool, True where there is no key, or None.
-    Returns output (b, M, D) and log-sum-exp (b, M, 1), both float32.
-    """
-    if q.is_cuda and q.dtype != torch.float32:  # scores rounded to bfloat16 would set the sampler apart from the trainer
-        scores = torch.bmm(q, keys.transpose(1, 2), out_dtype=torch.float32)
-    else:
-        scores = torch.bmm(q, keys.transpose(1, 2)).float()
-    scores *= q.shape[-1] ** -0.5  # (b, M, X)
-    if absent is not None:
-        scores.masked_fill_(absent, -math.inf)
-    peak = scores.amax(dim=-1, keepdim=True)  # (b, M, 1)
-    weights = scores.sub_(peak).exp_()
-    total = weights.sum(dim=-1, keepdim=True)
-    return torch.bmm(weights.to(values.dtype), values).float() / total, total.log() + peak
-
-
-def absent_keys(lengths, longest, heads):
-    """(n,) lengths -> (n * heads, 1, longest) bool, True beyond each length; None where nothing is padded and asking costs nothing."""
-    absent = torch.arange(longest, device=lengths.device) >= lengths[:, None]  # (n, longest)
-    if not absent.is_cuda and not absent.any():  # on CUDA the question would wait for the device, and has no place in a graph
-        return None
-    return absent.repeat_interleave(heads, dim=0)[:, None]
-
-
-def exact_sizes(state):
-    """What decode works on: live rows, live slots, longest own part, longest prompt, most rows of one slot."""
-    width = int(torch.bincount(state.slot[: state.n]).max())
-    return state.n, state.m, int(state.lengths[: state.n].max()), int(state.prompt_lengths[: state.m].max()), width
-
-
-def fixed_sizes(state, k):
-    """The same, rounded up to what does not change from step to step: all rows, all slots, the own part in strides of 64 tokens."""
-    rows, slots, longest = len(state.owner), len(state.prompt), state.own_cache.shape[4]
-    own = min(longest, -(-int(state.lengths[: state.n].max()) // OWN_STRIDE) * OWN_STRIDE)
-    return rows, slots, own, state.prompt_cache.shape[4], min(k, rows)
-
-
-def decode(model, state, n, m, own_longest, prompt_longest, width):
-    """Feed every row its last token. Returns the hidden states (n, C) that predict the next ones.
-
-    Args: sizes as exact_sizes or fixed_sizes give them. Rows beyond the live ones have length 0: they are computed and mean nothing.
-    Nothing in here asks the device for a value, so that with fixed sizes it can run inside a CUDA graph.
-    """
-    lengths, slot = state.lengths[:n], state.slot[:n]
-    live, at = lengths > 0, (lengths - 1).clamp(min=0)
-    kv_heads = state.own_cache.shape[3]
-    absent_own = absent_keys(lengths.clamp(min=1), own_longest, kv_heads)
-    absent_prompt = absent_keys(state.prompt_lengths[:m].clamp(min=1), prompt_longest, kv_heads)
-    # a row's place among the rows of its prompt: they fold into one query dimension, so a prompt's keys are read once for all
-    same = (slot[:, None] == slot) & live  # (n, n)
-    place = same.tril(-1).sum(dim=1)
-    fold = torch.where(live, slot * width + place, m * width)  # (n,) rows that mean nothing share one place more
-    rows = torch.arange(n, device=slot.device)
+def prefill(model, prompts, features):
+    """Run prompts once, together -> per prompt: keys and values (L, 2, Hkv, P, D), the output at
+    its last token (C,), the rotary position after it."""
+    packed = pack_groups(model, [(prompt, []) for prompt in prompts], features)
+    kept = []
 
     def attend(i, q, k, v):
-        rep, dim = q.shape[1] // kv_heads, q.shape[2]
-        state.own_cache[i, 0][rows, :, at] = k
-        state.own_cache[i, 1][rows, :, at] = v
-        keys, values = state.own_cache[i, :, :n, :, :own_longest].flatten(1, 2)  # (n * Hkv, longest, D) each
-        own, own_total = attend_part(q.reshape(n * kv_heads, rep, dim), keys, values, absent_own)
-        folded = q.new_zeros(m * width + 1, kv_heads, rep, dim).index_copy_(0, fold, q.view(n, kv_heads, rep, dim))[:-1]
-        folded = folded.view(m, width, kv_heads, rep, dim).transpose(1, 2).reshape(m * kv_heads, width * rep, dim)
-        keys, values = state.prompt_cache[i, :, :m, :, :prompt_longest].flatten(1, 2)  # (m * Hkv, P, D) each
-        shared, shared_total = attend_part(folded, keys, values, absent_prompt)
-        joined = torch.cat([shared, shared_total], dim=2).view(m, kv_heads, width, rep, dim + 1).transpose(1, 2)
-        joined = joined.reshape(m * width, kv_heads, rep, dim + 1).index_select(0, fold.clamp(max=m * width - 1))  # (n, Hkv, rep, D + 1)
-        shared, shared_total = joined[..., :dim], joined[..., dim:]
-        weight = torch.sigmoid(own_total.view(n, kv_heads, rep, 1) - shared_total)
-        return shared.lerp(own.view(n, kv_heads, rep, dim), weight).to(q.dtype).reshape(n, -1)
+        kept.append(torch.stack([k, v]).transpose(1, 2))  # (2, Hkv, N, D)
+        return group_attention(packed.sizes, i, q, k, v)
 
-    x = model.model.language_model.embed_tokens(state.tokens[rows, at])
-    positions = (state.prompt_next[slot] + at).expand(3, n)
-    return run_layers(model, x, positions, attend)
+    lengths = [len(prompt.ids) for prompt in prompts]
+    ends = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+    hidden = forward_packed(model, packed, attend=attend, keep=ends)  # (prompts, C)
+    following = packed.positions[0, ends] + 1  # a prompt ends in text: its three rows are equal
+    return list(zip(torch.stack(kept).split(lengths, dim=3), hidden, following))
 
 
-def decode_in_graph(model, state, sizes, graphs):
-    """decode with fixed sizes inside a CUDA graph, captured once for each set of sizes: one launch instead of hundreds.
+@dataclass
+class Growing:
+    """A sample in flight: the index-th of prompts[number]."""
 
-    The graph reads and writes the state's own tensors, which stay where they are; running decode twice on a state changes nothing.
+    number: int
+    index: int
+    prompt: Prompt
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@dataclass
+class Rows:
+    """The samples in flight, as in the picture above. Tensors stay where they are for CUDA
+    graphs."""
+
+    cache: torch.Tensor  # (L, 2, n, Hkv, X, D)
+    hidden: torch.Tensor  # (n, C) output at the last token: it predicts the next one
+    tokens: torch.Tensor  # (n,) the last token
+    lengths: torch.Tensor  # (n,) filled entries of the cache
+    positions: torch.Tensor  # (n,) rotary position of the last token
+    drawn: torch.Tensor  # (n,) how many tokens were drawn
+    uniforms: torch.Tensor  # (n, T) random numbers
+    owners: list  # per row: the Growing sample in it, or None
+
+
+def new_rows(model, n, entries, max_tokens):
+    """n empty rows. Zeros, since what no row sees has weight 0, and 0 * NaN would be NaN."""
+    text, device, dtype = model.config.text_config, model.device, model.dtype
+    head = text.hidden_size // text.num_attention_heads
+    shape = (text.num_hidden_layers, 2, n, text.num_key_value_heads, entries, head)
+    return Rows(
+        torch.zeros(shape, device=device, dtype=dtype),
+        torch.zeros(n, text.hidden_size, device=device, dtype=dtype),
+        *torch.zeros(4, n, device=device, dtype=torch.long),
+        torch.zeros(n, max_tokens, device=device, dtype=torch.float64),
+        [None] * n,
+    )
+
+
+def keep_rows(rows, alive):
+    """Only the rows of the list `alive`."""
+    return Rows(
+        rows.cache[:, :, alive],
+        rows.hidden[alive],
+        rows.tokens[alive],
+        rows.lengths[alive],
+        rows.positions[alive],
+        rows.drawn[alive],
+        rows.uniforms[alive],
+        [rows.owners[row] for row in alive],
+    )
+
+
+def decode(model, rows, longest):
+    """Feed each row its last token, which becomes entry `lengths` of its cache -> (n, C).
+
+    Args: longest: entries of the cache that are looked at. Nothing here asks the device for a
+    value, so it can run in a CUDA graph.
     """
-    if sizes not in graphs:
+    cache, lengths = rows.cache, rows.lengths
+    n = torch.arange(len(lengths), device=lengths.device)
+    entries = torch.arange(longest, device=lengths.device)
+    visible = (entries <= lengths[:, None])[:, None, None]  # (n, 1, 1, longest)
+
+    def attend(i, q, k, v):
+        cache[i, 0][n, :, lengths] = k
+        cache[i, 1][n, :, lengths] = v
+        keys, values = cache[i, :, :, :, :longest]  # (n, Hkv, longest, D) each
+        # the heads that share a key are queries of it
+        grouped = q.view(len(q), k.shape[1], -1, k.shape[2])  # (n, Hkv, H / Hkv, D)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible)
+        return out.reshape(len(q), -1)
+
+    x = model.model.language_model.embed_tokens(rows.tokens)
+    return run_layers(model, x, rows.positions.expand(3, -1), attend)
+
+
+def decode_in_graph(model, rows, longest, graphs):
+    """decode inside a CUDA graph, captured once for each `longest`: one launch, not thousands.
+
+    The graph reads and writes the rows' own tensors; decoding a step twice changes nothing.
+    """
+    if longest not in graphs:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # capture wants libraries that have been used before
-            for _ in range(2):
-                decode(model, state, *sizes)
+            decode(model, rows, longest)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            hidden = decode(model, state, *sizes)
-        graphs[sizes] = graph, hidden
-    graph, hidden = graphs[sizes]
+            hidden = decode(model, rows, longest)
+        graphs[longest] = graph, hidden
+    graph, hidden = graphs[longest]
     graph.replay()
     return hidden
 
 
-def prefill(model, state, prompts, indices, features):
-    """Run prompts once, several together, into the next free slots."""
-    packed = pack_groups(model, [(prompts[index], []) for index in indices], features)
-    first, last = state.m, state.m + len(indices)
-
-    def attend(packed, i, q, k, v):
-        for kind, tensor in enumerate((k, v)):
-            state.prompt_cache[i, kind, first:last, :, :packed.trunk.shape[1]] = take(tensor, packed.trunk)  # (G, Hkv, P, D)
-        return packed_attention(packed, i, q, k, v)
-
-    lengths = torch.tensor([len(prompts[index].ids) for index in indices], device=state.slot.device)
-    ends = lengths.cumsum(0) - 1
-    state.prompt_lengths[first:last] = lengths
-    state.prompt_hidden[first:last] = forward_packed(model, packed, attend=attend, keep=ends)  # (G, C)
-    state.prompt_next[first:last] = packed.positions[0, ends] + 1  # a prompt ends in text, where the three rows are equal
-    state.prompt[first:last] = indices
-    state.started[first:last] = state.finished[first:last] = [0] * len(indices)
-    state.m = last
+def choose(model, rows, banned, temperature):
+    """The next token of every row (n,), and its log-probability (n,)."""
+    logprobs = log_softmax_banned(model.lm_head(rows.hidden), banned, temperature or 1.0)  # (n, V)
+    if temperature:
+        uniforms = rows.uniforms.gather(1, rows.drawn[:, None]).squeeze(1)
+        tokens = draw(logprobs, uniforms)
+    else:
+        tokens = logprobs.argmax(dim=1)
+    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
 
-def admit(model, state, prompts, waiting, features, k, seeds):
-    """Fill free rows with samples that wait, prefilling as many further prompts as the free rows ask for and the free slots take."""
-    free = len(state.owner) - state.n
-    pending = sum(k - started for started in state.started[:state.m])
-    wanted = min(-(-(free - pending) // k), len(state.prompt) - state.m, len(waiting))
-    while wanted > 0:
-        batch, tokens = [], 0
-        while wanted > 0 and (not batch or tokens + len(prompts[waiting[0]].ids) <= PREFILL_TOKENS):
-            tokens += len(prompts[waiting[0]].ids)
-            batch.append(waiting.popleft())
-            wanted -= 1
-        prefill(model, state, prompts, batch, features)
-    for slot in range(state.m):
-        while state.started[slot] < k and state.n < len(state.owner):
-            row, index = state.n, state.started[slot]
-            state.owner[row] = (state.prompt[slot], index)
-            state.slot[row], state.lengths[row] = slot, 0
-            state.uniforms[row] = uniform_stream(seeds[state.prompt[slot]], index, state.uniforms.shape[1])
-            state.started[slot] += 1
-            state.n += 1
+def record(rows, tokens, logprobs, end_of_turn, results):
+    """Note the tokens (n,) and their log-probabilities; returns the rows that ended by them."""
+    ended = []
+    for row, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
+        owner = rows.owners[row]
+        if owner is None:
+            continue
+        owner.tokens.append(token)
+        owner.logprobs.append(logprob)
+        finished = token == end_of_turn
+        if finished or len(owner.tokens) == rows.uniforms.shape[1]:
+            results[owner.number][owner.index] = Sample(owner.tokens, owner.logprobs, finished)
+            rows.owners[row] = None
+            ended.append(row)
+    return ended
 
 
-def fill_holes(alive, count):
-    """Which of the entries 0..count-1 move where, so that the living ones become 0..len-1: (movers, holes), of equal length."""
-    living = sum(alive)
-    return [i for i in range(living, count) if alive[i]], [i for i in range(living) if not alive[i]]
+def step(model, rows, tokens, longest, fixed, graphs):
+    """Feed the tokens (n,); afterwards `hidden` predicts the next ones.
+
+    Args: longest: entries of the longest living row, the new token's included; fixed, graphs: with
+    `fixed` shapes change seldom, and on CUDA a graph is replayed.
+    """
+    rows.tokens.copy_(tokens)
+    rows.lengths.clamp_(max=longest - 1)  # of rows that have ended: they mean nothing
+    if fixed:
+        stride = STRIDE
+        while stride < longest:
+            stride *= 2
+        longest = min(stride, rows.cache.shape[4])
+    if fixed and rows.tokens.is_cuda:
+        rows.hidden = decode_in_graph(model, rows, longest, graphs)
+    else:
+        rows.hidden = decode(model, rows, longest)
+    rows.lengths += 1
+    rows.positions += 1
+    rows.drawn += 1
+    rows.drawn.clamp_(max=rows.uniforms.shape[1] - 1)  # likewise
 
 
-def retire(state, done, k):
-    """Take finished rows out, and prompts that have no sample left; the last live ones move into the holes."""
-    longest = int(state.lengths[:state.n].max())
-    slots = state.slot[:state.n].tolist()
-    for row, finished in enumerate(done):
-        state.finished[slots[row]] += finished
-    movers, holes = fill_holes([not finished for finished in done], state.n)
-    if movers:
-        state.own_cache[:, :, holes, :, :longest] = state.own_cache[:, :, movers, :, :longest]
-        for tensor in (state.slot, state.lengths, state.uniforms, state.tokens, state.logprobs):
-            tensor[holes] = tensor[movers]
-        for mover, hole in zip(movers, holes):
-            state.owner[hole] = state.owner[mover]
-    state.n -= sum(done)
-    state.lengths[state.n:] = 0
-    alive = [finished < k for finished in state.finished[:state.m]]
-    movers, holes = fill_holes(alive, state.m)
-    if movers:
-        for tensor in (state.prompt_lengths, state.prompt_hidden, state.prompt_next):
-            tensor[holes] = tensor[movers]
-        state.prompt_cache[:, :, holes] = state.prompt_cache[:, :, movers]
-        for mover, hole in zip(movers, holes):
-            for values in (state.prompt, state.started, state.finished):
-                values[hole] = values[mover]
-            state.slot[:state.n][state.slot[:state.n] == mover] = hole
-    state.m = sum(alive)
+def admit(model, rows, row, prompts, features, waiting, prefilled, seeds):
+    """Start the next waiting (prompt, sample) in a row, after prefilling its prompt, together with
+    those behind it, where that has not been done."""
+    number, index = waiting.popleft()
+    prompt = prompts[number]
+    if number not in prefilled:
+        batch = [prompt]
+        size = len(prompt.ids)
+        for other in prompts[number + 1 : number + len(rows.owners)]:
+            size += len(other.ids)
+            if size > PREFILL_TOKENS:
+                break
+            batch.append(other)
+        prefilled.clear()  # all samples of the prompts before have started
+        prefilled.update(enumerate(prefill(model, batch, features), number))
+    keys_values, rows.hidden[row], rows.positions[row] = prefilled[number]
+    size = len(prompt.ids)
+    rows.cache[:, :, row, :, :size] = keys_values
+    rows.lengths[row] = size
+    rows.drawn[row] = 0
+    rows.uniforms[row] = uniform_stream(seeds[number], index, rows.uniforms.shape[1])
+    rows.owners[row] = Growing(number, index, prompt, [], [])
 
 
 @torch.inference_mode()
-def sample(model, prompts, features, k, max_tokens, temperature, eos_id, seeds, max_rows=128, progress=False, fixed=None):
+def sample(
+    model,
+    prompts,
+    features,
+    k,
+    max_tokens,
+    temperature,
+    end_of_turn,
+    seeds,
+    max_rows=128,
+    progress=False,
+    fixed=None,
+):
     """Sample k responses to each prompt.
 
-    Args: prompts: list[data.Prompt]; features: of encode_images, with every image of the prompts; max_tokens: longest response;
-    temperature: 0 takes the most likely token (its log-probability is then the one at temperature 1); eos_id: ends a response and
-    belongs to it; seeds: one int per prompt, from which sample j of a prompt draws its own stream; max_rows: samples in flight;
-    fixed: decode with shapes that do not change, in a CUDA graph where there is CUDA (None: on CUDA only).
-    Returns per prompt a list of k Sample. The same samples for any order of prompts and any max_rows, up to rounding.
-    Raises ValueError on arguments that make no sense, naming them.
+    Args: prompts: list of Prompt; features: of encode_images, with all their images; max_tokens:
+    longest response; temperature: 0 takes the most likely token (its log-probability is then the
+    one at temperature 1); end_of_turn: the id that ends a response and belongs to it; seeds: one
+    int per prompt, from which its sample j draws a stream of its own; max_rows: samples in flight;
+    fixed: shapes that change seldom, in a CUDA graph where there is CUDA (None: on CUDA only).
+    Returns per prompt a list of k Sample: the same for any order of prompts and any max_rows, up to
+    rounding. Raises ValueError on arguments that make no sense.
     """
     if len(seeds) != len(prompts) or min(k, max_tokens, max_rows) < 1 or temperature < 0:
-        raise ValueError(f"{len(prompts)} prompts need as many seeds (got {len(seeds)}); k={k}, max_tokens={max_tokens} and "
-                         f"max_rows={max_rows} must be at least 1, temperature={temperature} at least 0")
-    if not prompts:
-        return []
-    max_rows = min(max_rows, len(prompts) * k)
-    # twice the prompts that fill the rows: stragglers of a few prompts must not keep new ones out
-    slots = min(len(prompts), 2 * -(-max_rows // k))
-    state = new_state(model, max_rows, slots, max(len(prompt.ids) for prompt in prompts), max_tokens)
-    banned = torch.tensor(banned_token_ids(model), device=model.device)
-    waiting = deque(range(len(prompts)))
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(seeds)} seeds, k={k}, max_tokens={max_tokens}, "
+            f"max_rows={max_rows}, temperature={temperature}"
+        )
     results = [[None] * k for _ in prompts]
-    hidden, graphs = state.prompt_hidden[:0], {}
-    fixed = state.lengths.is_cuda if fixed is None else fixed
-    bar = tqdm(total=len(prompts) * k, desc="sampling", disable=not progress)
-    while True:
-        before = state.n
-        admit(model, state, prompts, waiting, features, k, seeds)
-        n = state.n
-        if n == 0:
-            break
-        hidden = torch.cat([hidden, state.prompt_hidden[state.slot[before:n]]])  # (n, C)
-        logprobs = log_softmax_banned(model.lm_head(hidden), banned, temperature or 1.0)  # (n, V)
-        rows, at = torch.arange(n, device=hidden.device), state.lengths[:n]
-        token = draw(logprobs, state.uniforms[rows, at]) if temperature else logprobs.argmax(dim=1)  # (n,)
-        state.tokens[rows, at] = token
-        state.logprobs[rows, at] = logprobs.gather(1, token[:, None]).squeeze(1)
-        state.lengths[:n] += 1
-        done = ((token == eos_id) | (state.lengths[:n] == max_tokens)).tolist()
-        if any(done):
-            for row in (row for row in range(n) if done[row]):
-                prompt, index = state.owner[row]
-                length = int(state.lengths[row])
-                tokens = state.tokens[row, :length].tolist()
-                results[prompt][index] = Sample(tokens, state.logprobs[row, :length].tolist(), tokens[-1] == eos_id)
-            bar.update(sum(done))
-            retire(state, done, k)
-        if state.n == 0:
-            hidden = hidden[:0]
-        elif not fixed:
-            hidden = decode(model, state, *exact_sizes(state))
-        elif state.lengths.is_cuda:
-            hidden = decode_in_graph(model, state, fixed_sizes(state, k), graphs)[: state.n]
-        else:
-            hidden = decode(model, state, *fixed_sizes(state, k))[: state.n]
-    bar.close()
-    return results
+    waiting = deque((prompt, index) for prompt in range(len(prompts)) for index in range(k))
+    fixed = model.device.type == "cuda" if fixed is None else fixed
+    banned = torch.tensor(banned_token_ids(model), device=model.device)
+    entries = max((len(prompt.ids) for prompt in prompts), default=0) + max_tokens
+    rows = new_rows(model, min(max_rows, len(waiting)), entries, max_tokens)
+    prefilled, graphs = {}, {}
+    ended = list(range(len(rows.owners)))  # rows that are free
+    with cast_adapters(model), tqdm(total=len(waiting), disable=not progress) as bar:
+        while True:
+            for row in ended[: len(waiting)]:
+                admit(model, rows, row, prompts, features, waiting, prefilled, seeds)
+            alive = [row for row, owner in enumerate(rows.owners) if owner is not None]
+            if not alive:
+                return results
+            if not fixed and len(alive) <= 0.75 * len(rows.owners):  # those that ended leave
+                rows = keep_rows(rows, alive)
+            tokens, logprobs = choose(model, rows, banned, temperature)
+            owners = [owner for owner in rows.owners if owner]
+            longest = 1 + max(len(owner.prompt.ids) + len(owner.tokens) for owner in owners)
+            ended = record(rows, tokens, logprobs, end_of_turn, results)
+            bar.update(len(ended))
+            if waiting or any(rows.owners):
+                step(model, rows, tokens, longest, fixed, graphs)
 
 
-# ---- SaFeR-VLM: reflect and correct (PAPERS 2.3) -------------------------------------------------
+# ---- SaFeR-VLM: reflect and correct (PAPERS 2.3)
+# ---------------------------------------------------
 
 
 @dataclass(eq=False)  # two trajectories with equal words are still two
 class Trajectory:
-    """A response in its context, as it is judged and trained: a first answer, or the correction of one."""
+    """A response in its context, as it is judged and trained: a first one, or a correction."""
 
-    prompt: data.Prompt  # the context
+    prompt: Prompt  # the context
     tokens: list[int]  # (T,) what the loss is on
-    logprobs: list[float] | None  # (T,) of the tokens in this context, by the sampler; None when they were sampled in another one
+    logprobs: list[float]  # (T,) of the tokens in this context, at the sampling temperature
     finished: bool
-    text: str  # what the judge reads: the response; of a correction not the reflection before it
+    check: protocol.Check  # of the response; in a correction not of the reflection before it
     corrects: "Trajectory | None" = None
     reflected: bool = False  # a correction with a reflection before it, in its tags
     grades: object = None  # judge.Scores or judge.Grades; None where the judge failed
@@ -342,43 +339,64 @@ class Trajectory:
 
 
 def split_reflection(text):
-    """`<reflection> ... </reflection> response` -> (reflection, response), whatever white space comes first; (None, text) when it does not
-    begin so: then nothing is cut away, and the judge reads the whole turn."""
-    start, end = "<reflection>", "</reflection>"
-    begins, stop = text.lstrip().startswith(start), text.find(end)
-    if not begins or stop < 0:
-        return None, text
-    return text[text.find(start) + len(start):stop].strip(), text[stop + len(end):].lstrip()
+    """`<reflection> ... </reflection> response` -> (reflection, response).
 
-
-def correct(model, processor, trajectories, features, request, max_tokens, temperature, seeds, max_rows):
-    """One more turn for each of these trajectories, all together: the request, then the policy's reflection and its new response
-    (PAPERS 2.3; the request, and both in one turn, are ours).
-
-    Args: trajectories: N, none is fine; features: as in sample, of their prompts; request: text of the user's turn; max_tokens: of
-    reflection and response together; seeds: N ints; temperature, max_rows: as in sample.
-    Returns N Trajectory: prompt is the chat so far, tokens are reflection and response, text is the response alone.
+    (None, text) when it does not begin so: nothing is cut away, and the judge reads the whole turn.
     """
-    prompts = [data.continue_prompt(item.prompt, item.tokens, request, processor) for item in trajectories]
-    sampled = sample(model, prompts, features, 1, max_tokens, temperature, processor.end_of_turn, seeds, max_rows)
+    before, opened, rest = text.partition("<reflection>")
+    reflection, closed, response = rest.partition("</reflection>")
+    if before.strip() or not opened or not closed:
+        return None, text
+    return reflection.strip(), response.lstrip()
+
+
+def correct(
+    model, processor, trajectories, features, request, max_tokens, temperature, seeds, max_rows
+):
+    """One more turn for each of these trajectories, all together: the request, then the policy's
+    reflection and its new response (PAPERS 2.3; the request, and both in one turn, are ours).
+
+    Args: trajectories: N, none is fine; request: text of the user's turn; max_tokens: of reflection
+    and response together; seeds: N ints; the others as in `sample`.
+    Returns N Trajectory: prompt is the chat so far, tokens are reflection and response.
+    """
+    prompts = []
+    for trajectory in trajectories:
+        chat = continue_prompt(trajectory.prompt, trajectory.tokens, request, processor)
+        prompts.append(chat)
+    end = processor.end_of_turn
+    sampled = sample(model, prompts, features, 1, max_tokens, temperature, end, seeds, max_rows)
     corrections = []
     for before, prompt, (turn,) in zip(trajectories, prompts, sampled):
-        reflection, text = split_reflection(data.decode_response(turn.tokens, processor))
-        corrections.append(Trajectory(prompt, turn.tokens, turn.logprobs, turn.finished, text, before, reflection is not None))
+        reflection, text = split_reflection(decode_response(turn.tokens, processor))
+        correction = Trajectory(
+            prompt,
+            turn.tokens,
+            turn.logprobs,
+            turn.finished,
+            protocol.check(text, before.check.plan),
+            corrects=before,
+            reflected=reflection is not None,
+        )
+        corrections.append(correction)
     return corrections
 
 
 def first_of(trajectory):
-    """The first answer that a correction goes back to."""
+    """The first response that a correction goes back to."""
     while trajectory.corrects is not None:
         trajectory = trajectory.corrects
     return trajectory
 
 
-def as_first_answer(correction, processor):
-    """A correction as if it had been the first answer (credit = prompt; ours): under the first prompt, without reflection. It was not
-    sampled there, so its log-probabilities have to be computed.
+def as_first_response(correction, processor):
+    """A correction as if it had been the first response (credit = prompt; ours): under the first
+    prompt, without reflection. It was not sampled there, so its log-probabilities are still those
+    of its own chat, and the caller computes them.
 
-    One that was cut at max_tokens ends in no end-of-turn token: none was sampled. Its text, encoded anew, may be longer than it was."""
-    tokens = data.encode_response(correction.text, processor)
-    return replace(correction, prompt=first_of(correction).prompt, tokens=tokens if correction.finished else tokens[:-1], logprobs=None)
+    One that was cut at max_tokens ends in no end-of-turn token, since none was sampled.
+    """
+    tokens = encode_response(correction.check.text, processor)
+    if not correction.finished:
+        tokens.pop()
+    return replace(correction, prompt=first_of(correction).prompt, tokens=tokens, logprobs=[])
