@@ -376,8 +376,7 @@ def check_config(config):
             f"--stages {config.stages}: expected some of {','.join(STAGES)}, in this order",
         ),
         (config.seed < 2**63, f"--seed {config.seed}: must be below 2^63"),
-        (config.warmup < 1, f"--warmup {config.warmup}: must be below 1"),
-        (config.clip_low < 1, f"--clip_low {config.clip_low}: must be below 1"),
+        (max(config.warmup, config.clip_low) < 1, "--warmup, --clip_low: must be below 1"),
         (
             config.dual_clip == 0 or config.dual_clip > 1,
             f"--dual_clip {config.dual_clip}: must be above 1, or 0 for none",

@@ -25,6 +25,7 @@ import numpy as np
 import PIL.Image
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from config import PROMPT_MODES, fingerprint, write_text
 from protocol import GATE, PERSONAS, TIERS, TOOLS, Plan, PlanError, plan_from_dict, tools_by_tier
@@ -40,13 +41,7 @@ SETS = {  # set -> text fields that a record must have beside id, images and que
 TYPES = {"id": str, "question": str, "images": list, "plan": dict, "meta": dict}
 OPTIONAL = {"eval": {"answer": str, "choices": list}}
 IMAGE_TAG = "<image>"  # the placeholder of the released layout
-SPECIAL_TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|image_pad|>",
-    "<|vision_end|>",
-)
+SPECIAL_TOKENS = "<|im_start|> <|im_end|> <|vision_start|> <|image_pad|> <|vision_end|>".split()
 
 
 class DataError(ValueError):
@@ -109,9 +104,8 @@ def load_processor(folder, min_pixels, max_pixels):
             f"({str(error).splitlines()[0]}); is this a Qwen2.5-VL folder or hub name?"
         ) from error
     special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
-    for name, token in special.items():
-        if token in (None, tokenizer.unk_token_id):
-            raise DataError(f"{folder}: the tokenizer has no {name}; it is not Qwen2.5-VL's")
+    if not {None, tokenizer.unk_token_id}.isdisjoint(special.values()):
+        raise DataError(f"{folder}: the tokenizer lacks some of {SPECIAL_TOKENS}: not Qwen2.5-VL's")
     return Processor(tokenizer, image_processor, min_pixels, max_pixels, special)
 
 
@@ -220,22 +214,19 @@ def read_records(path, kind):
 
 
 def read_released(path):
-    """Rows of the released layout: <image> tags open the problem; the reward never reads
+    """Rows of the released layout; <image> tags open the problem, the reward never reads
     `answer`."""
     try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise DataError(f"{path}: expected a JSON list of objects")
-    rows = []
-    for number, item in enumerate(items, 1):
-        problem = str(item.get("problem", ""))
-        images = item.get("images", [])
-        if problem.count(IMAGE_TAG) != len(images):
-            raise DataError(f"{path}: record {number}: not as many {IMAGE_TAG} tags as images")
-        question = problem.replace(IMAGE_TAG, "").strip()
-        rows.append({"id": str(item.get("id", number)), "question": question, "images": images})
+        items = list(json.loads(path.read_text(encoding="utf-8")))
+        rows = []
+        for number, item in enumerate(items, 1):
+            question = item["problem"].replace(IMAGE_TAG, "").strip()
+            name = str(item.get("id", number))
+            rows.append({"id": name, "question": question, "images": item.get("images", [])})
+            if item["problem"].count(IMAGE_TAG) != len(rows[-1]["images"]):
+                raise ValueError(f"record {number}: not as many {IMAGE_TAG} tags as images")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: no JSON list of id, images, problem: {error!r}") from error
     return rows
 
 
@@ -303,17 +294,8 @@ def image_grid(width, height, processor):
     """(t, h, w) in patches that the image processor will make of an image of this size."""
     patch = processor.image_processor.patch_size
     unit = patch * processor.image_processor.merge_size
-    rows = round(height / unit) * unit
-    columns = round(width / unit) * unit
-    if rows * columns > processor.max_pixels:
-        shrink = math.sqrt(height * width / processor.max_pixels)
-        rows = max(unit, math.floor(height / shrink / unit) * unit)
-        columns = max(unit, math.floor(width / shrink / unit) * unit)
-    elif rows * columns < processor.min_pixels:
-        grow = math.sqrt(processor.min_pixels / (height * width))
-        rows = math.ceil(height * grow / unit) * unit
-        columns = math.ceil(width * grow / unit) * unit
-    return 1, rows // patch, columns // patch
+    sides = smart_resize(height, width, unit, processor.min_pixels, processor.max_pixels)
+    return 1, sides[0] // patch, sides[1] // patch
 
 
 @functools.lru_cache(maxsize=256)
