@@ -339,10 +339,14 @@ class Check:
         return not self.violations
 
     @property
+    def gate(self) -> Call | None:
+        """The first call of the gate; a second one is a repeated call and does not count."""
+        return next((call for call in self.calls if call.tool == GATE), None)
+
+    @property
     def decision(self) -> str | None:
-        """What the gate says, or None. A second gate is a repeated call and does not count."""
-        gates = [call for call in self.calls if call.tool == GATE]
-        return gates[0].fields.get("decision") if gates else None
+        """What the gate says, or None."""
+        return self.gate.fields.get("decision") if self.gate else None
 
 
 def _report(found, kind, line, text, message):
@@ -621,5 +625,5 @@ def with_answer_form(checked: Check, form: str | None) -> Check:
         return checked
     found = list(checked.violations)
     pairs = f"decision={checked.decision} with answer={form}"
-    _report(found, "contradiction", 0, pairs, f"{pairs} is a contradiction.")
+    _report(found, "contradiction", checked.gate.line, pairs, f"{pairs} is a contradiction.")
     return replace(checked, violations=found)

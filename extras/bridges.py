@@ -1,0 +1,88 @@
+"""The reward as other trainers call it: TRL's GRPOTrainer and EasyR1.
+
+Both judge a response and turn it into a number by the same calls as this repository's trainer:
+protocol.check, judge.score, judge.answer_form, reward.compute_reward. No torch in this file.
+
+    TRL     from extras.bridges import make_trl_reward
+            from judge import judge_from_env
+            GRPOTrainer(..., reward_funcs=make_trl_reward(judge_from_env(None)))
+    EasyR1  worker.reward.reward_function=/path/to/this/folder/extras/bridges.py:compute_score
+            with this folder on PYTHONPATH
+"""
+
+import json
+from functools import lru_cache
+
+import protocol
+from judge import Case, answer_form, judge_from_env
+from reward import compute_reward
+
+REWARD_NAME = "safer"  # newer releases of EasyR1 read these two names
+REWARD_TYPE = "batch"
+
+
+def _rewards(judge, form, records, responses):
+    """[Reward | None]; records: dicts with question and, all optional, images, plan, meta."""
+    cases = []
+    for record, response in zip(records, responses):
+        plan = record.get("plan")
+        if isinstance(plan, str):
+            plan = json.loads(plan)
+        check = protocol.check(response, protocol.plan_from_dict(plan) if plan else None)
+        images = tuple(record.get("images") or ())
+        cases.append(Case(record["question"], images, check, record.get("meta") or {}))
+    rewards = []
+    for case, scores in zip(cases, judge.score(cases)):
+        form_of_answer = answer_form(case.check.answer)
+        rewards.append(compute_reward(form, case.check, scores, form_of_answer))
+    return rewards
+
+
+def _text(message):
+    """The text of a TRL prompt or completion: a string, or the last chat message's content."""
+    content = message if isinstance(message, str) else message[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def make_trl_reward(judge, form: str = "checked"):
+    """A function for TRL's GRPOTrainer(reward_funcs=...).
+
+    TRL calls it with prompts, completions (strings or lists of chat messages) and each data column
+    as a list by keyword. Columns used, all optional: `plan` (dict or its JSON text; None when the
+    prompt shows no plan), `question` (default: the last message of the prompt), `image_paths`
+    (files for the judge) and `meta` (labels). It returns floats, and None where the judge failed,
+    as TRL allows."""
+
+    def safer_reward(prompts, completions, **columns):
+        """See make_trl_reward; what TRL passes beside the four columns is not read."""
+        question = columns.get("question") or [_text(prompt) for prompt in prompts]
+        records = [{"question": text} for text in question]
+        for key, column in (("images", "image_paths"), ("plan", "plan"), ("meta", "meta")):
+            for record, value in zip(records, columns.get(column) or ()):
+                record[key] = value
+        rewards = _rewards(judge, form, records, [_text(each) for each in completions])
+        return [reward.total if reward else None for reward in rewards]
+
+    return safer_reward
+
+
+_environment_judge = lru_cache(judge_from_env)
+
+
+def compute_score(reward_inputs: list[dict], form: str = "checked", judge=None) -> list[dict]:
+    """The reward as EasyR1 calls it.
+
+    Each input has `response` and `ground_truth`: JSON text of a record with `question`, and
+    optionally `images` (paths), `plan`, `meta`. Returns dicts with `overall` and the parts.
+    judge None: the endpoint that JUDGE_URL, JUDGE_MODEL, JUDGE_KEY name. Raises RuntimeError when
+    the judge failed on a sample: EasyR1 cannot leave one out of its group, and none gets an
+    invented score."""
+    records = [json.loads(item["ground_truth"]) for item in reward_inputs]
+    responses = [item["response"] for item in reward_inputs]
+    rewards = _rewards(judge or _environment_judge(None), form, records, responses)
+    failed = rewards.count(None)
+    if failed:
+        raise RuntimeError(f"the judge failed on {failed} of {len(rewards)} samples: mend it first")
+    return [{"overall": reward.total, **reward.parts} for reward in rewards]
