@@ -21,21 +21,20 @@ REWARD_NAME = "safer"  # newer releases of EasyR1 read these two names
 REWARD_TYPE = "batch"
 
 
-def _rewards(judge, form, records, responses):
-    """[Reward | None]; records: dicts with question and, all optional, images, plan, meta."""
-    cases = []
-    for record, response in zip(records, responses):
-        plan = record.get("plan")
-        if isinstance(plan, str):
-            plan = json.loads(plan)
-        check = protocol.check(response, protocol.plan_from_dict(plan) if plan else None)
-        images = tuple(record.get("images") or ())
-        cases.append(Case(record["question"], images, check, record.get("meta") or {}))
-    rewards = []
-    for case, scores in zip(cases, judge.score(cases)):
-        form_of_answer = answer_form(case.check.answer)
-        rewards.append(compute_reward(form, case.check, scores, form_of_answer))
-    return rewards
+def _case(response, question, images=None, plan=None, meta=None, **_):
+    """What is judged; plan: a dict, its JSON text, or None when the prompt showed none."""
+    if isinstance(plan, str):
+        plan = json.loads(plan)
+    check = protocol.check(response, protocol.plan_from_dict(plan) if plan else None)
+    return Case(question, tuple(images or ()), check, meta or {})
+
+
+def _rewards(judge, form, cases):
+    """[Reward, or None where the judge failed], as safer.py makes them."""
+    return [
+        compute_reward(form, case.check, scores, answer_form(case.check.answer))
+        for case, scores in zip(cases, judge.score(cases))
+    ]
 
 
 def _text(message):
@@ -55,15 +54,15 @@ def make_trl_reward(judge, form: str = "checked"):
     (files for the judge) and `meta` (labels). It returns floats, and None where the judge failed,
     as TRL allows."""
 
-    def safer_reward(prompts, completions, **columns):
-        """See make_trl_reward; what TRL passes beside the four columns is not read."""
-        question = columns.get("question") or [_text(prompt) for prompt in prompts]
-        records = [{"question": text} for text in question]
-        for key, column in (("images", "image_paths"), ("plan", "plan"), ("meta", "meta")):
-            for record, value in zip(records, columns.get(column) or ()):
-                record[key] = value
-        rewards = _rewards(judge, form, records, [_text(each) for each in completions])
-        return [reward.total if reward else None for reward in rewards]
+    def safer_reward(
+        prompts, completions, question=None, image_paths=None, plan=None, meta=None, **_
+    ):
+        """See make_trl_reward; `_` takes what TRL passes besides."""
+        absent = [None] * len(prompts)
+        columns = [question or map(_text, prompts)]
+        columns += [column or absent for column in (image_paths, plan, meta)]
+        cases = [_case(*row) for row in zip(map(_text, completions), *columns)]
+        return [reward.total if reward else None for reward in _rewards(judge, form, cases)]
 
     return safer_reward
 
@@ -79,9 +78,11 @@ def compute_score(reward_inputs: list[dict], form: str = "checked", judge=None) 
     judge None: the endpoint that JUDGE_URL, JUDGE_MODEL, JUDGE_KEY name. Raises RuntimeError when
     the judge failed on a sample: EasyR1 cannot leave one out of its group, and none gets an
     invented score."""
-    records = [json.loads(item["ground_truth"]) for item in reward_inputs]
-    responses = [item["response"] for item in reward_inputs]
-    rewards = _rewards(judge or _environment_judge(None), form, records, responses)
+    cases = []
+    for item in reward_inputs:
+        record = json.loads(item["ground_truth"])
+        cases.append(_case(**record | {"response": item["response"]}))
+    rewards = _rewards(judge or _environment_judge(None), form, cases)
     failed = rewards.count(None)
     if failed:
         raise RuntimeError(f"the judge failed on {failed} of {len(rewards)} samples: mend it first")
