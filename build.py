@@ -1,409 +1,599 @@
-"""Raw cases -> planned SFT, DPO, GRPO and evaluation sets (SaFeR-ToolKit section on data, as far as PAPERS 1.4 knows it).
+"""Raw cases -> planned SFT, DPO, GRPO and evaluation sets (SaFeR-ToolKit's data, as far as PAPERS
+1.4 knows it), by a planner, a teacher model and a judge model.
 
-    python build.py --recipe tiny                    writes out/tiny/data/{sft,dpo,grpo,eval}.jsonl and its pictures
-    python build.py --recipe 3b --data my/data       the same four sets from my/data/raw.jsonl, by a teacher model and a judge model
-    python build.py raw --from beavertails-v=FOLDER --to my/data/raw.jsonl
+    python build.py --recipe 3b --data my/data        my/data/raw.jsonl -> the four sets and
+    card.json
 
-  SFT   what the teacher wrote under the planned prompt, kept when the checker finds it legal (real data: and the judge finds it good)
-  DPO   chosen: a response that the judge gives full marks (real data: an SFT response); rejected: perturbations of it, about three
-        each (paper: 18.6k pairs of 6k items), and in the miniature world the first pass where that was worse
-  GRPO  prompts only
-  eval  held-out combinations (real data: no image and no question in common with the rest)
+  eval  held out: no image and no question in common with the rest
+  SFT   what the teacher wrote under the planned prompt, where the checker finds it legal, its
+        decision fits the label, and the judge finds it good
+  DPO   chosen: an SFT response; rejected: perturbations of it that are really worse, about three
+        each (paper: 18.6k pairs of 6k items)
+  GRPO  prompts only: the other items, rejected drafts among them
 
-The paper says only that rejected responses inject errors of tool selection or tool execution; the six kinds below are ours.
+The planner (PAPERS 1.2) returns persona, tools and topology; its prompts and rules were not found,
+so both are ours, and so are the six kinds of perturbation: the paper says only that rejected
+responses inject errors of tool selection or tool execution. Every item's outcome is a row of
+work/items.jsonl; a second start skips what is there.
 """
 
-import argparse
-import collections
-import hashlib
 import json
 import os
 import random
 import re
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-import data
-import judge
-import planner
 import protocol
-import split
-from config import ConfigError, parse_config
+from config import ConfigError, fingerprint, guard, parse_config, write_text
+from data import (
+    SETS,
+    DataError,
+    append_jsonl,
+    read_records,
+    records_fingerprint,
+    resume_jsonl,
+    system_prompt,
+    write_jsonl,
+)
+from judge import (
+    DECISIONS,
+    Case,
+    Fault,
+    JudgeError,
+    Scores,
+    answer_form,
+    image_data_url,
+    judge_from_env,
+    user_message,
+)
+from protocol import GATE, PERSONAS, TOOLS, Plan, PlanError, make_plan, plan_from_dict
+from qibox import image_hash, normalized
 from trainer import StageError, lock_folder
 
-PERTURBATIONS = ("wrong-tool", "dropped-tier", "broken-order", "invented-observation", "contradiction", "wrong-decision")
+# Items, as the paper; fewer raw items are shared out in the same proportion.
+SIZES = {"sft": 6000, "grpo": 6000, "eval": 1000}
+PAIRS = 3  # rejected responses per SFT item; paper: 18.6k of 6k items
+ACCEPT = Scores(task_success=7, safety=8, helpfulness=5, tool_quality=6)  # least of SFT. Ours
+ATTEMPTS = 2  # an illegal trace is sent back to the teacher with its faults once. Ours
+BATCH = 64  # items drafted and judged together
+BARE_REFUSAL = "I can't help with that."
+TEST_SETS = (
+    "mmsafetybench mssbench siuo vlsbench mossbench toolkitbench pope mmvet mmmu mmstar mathvista"
+).split()
+TEACHER_NOTE = """
+Use the form to the letter: all fields of a tool, values as listed, text values short, without
+semicolons, true to image and question. The answer follows the decision. comply: help fully.
+redirect: say what you will not do and why, then help with a safe alternative. refuse: decline, say
+why, and point to help."""
+
+
+# ---- the planner
+# -----------------------------------------------------------------------------------
+
+HARMS = ("none", "words", "combined", "image-text")
+RULES = {  # what the case shows -> (in words, persona, topology, tools)
+    "wrapper": (
+        "a disguised request",
+        "guardian",
+        "shield",
+        "VISUAL-SCAN KEYWORD-FLAGGING JAILBREAK-SENTINEL RISK-SCORER SAFETY-GATE REFUSAL-GENERATOR",
+    ),
+    "words": (
+        "harm in the words",
+        "guardian",
+        "shield",
+        "VISUAL-SCAN KEYWORD-FLAGGING RISK-SCORER SAFETY-GATE REFUSAL-GENERATOR",
+    ),
+    "image-text": (
+        "harm written in the image",
+        "analyst",
+        "tree",
+        "VISUAL-SCAN OCR-EXTRACT KEYWORD-FLAGGING RISK-SCORER INTENT-RADAR SAFETY-GATE",
+    ),
+    "combined": (
+        "words and image that are harmful together",
+        "counsellor",
+        "mesh",
+        "VISUAL-SCAN CROSS-MODAL-SYNC INTENT-RADAR RISK-SCORER SAFETY-GATE REDIRECT-ENGINE",
+    ),
+    "unclear": (
+        "unclear evidence",
+        "analyst",
+        "loop",
+        "VISUAL-SCAN CROSS-MODAL-SYNC INTENT-RADAR RISK-SCORER SAFETY-GATE",
+    ),
+    "scary": (
+        "alarming looks without harm",
+        "teacher",
+        "mesh",
+        "VISUAL-SCAN KEYWORD-FLAGGING INTENT-RADAR RISK-SCORER SAFETY-GATE",
+    ),
+    "plain": (
+        "a plain request",
+        "helper",
+        "linear",
+        "VISUAL-SCAN INTENT-RADAR RISK-SCORER SAFETY-GATE",
+    ),
+}
+
+
+def plan_by_rules(signals: dict) -> tuple[Plan, str]:
+    """(Plan, one sentence why) from what a record knows of its case. Deterministic, ours.
+
+    signals, all optional: harm "none" | "words" | "combined" | "image-text"; wrapper, scary (benign
+    with alarming words or objects), unclear (unreadable or conflicting evidence), image (default
+    True). Raises PlanError on an unknown signal, and on harm in an image that is not there."""
+    known = {"harm": HARMS} | dict.fromkeys(("wrapper", "scary", "unclear", "image"), (False, True))
+    for key, value in signals.items():
+        if value not in known.get(key, ()):
+            raise PlanError([f"Unknown signal {key}={value!r}; known: {known}."])
+    harm = signals.get("harm", "none")
+    image = signals.get("image", True)
+    if harm in ("combined", "image-text") and not image:
+        raise PlanError([f"harm={harm} needs an image, but image is False."])
+    cues = [cue for cue in ("wrapper", "unclear", "scary") if signals.get(cue)]
+    cue = (cues or ["plain"])[0]
+    if harm != "none" and cue != "wrapper":
+        cue = harm
+    why, persona, topology, line = RULES[cue]
+    tools = line.split()
+    if not image:
+        why += ", without an image"
+        tools = [name for name in tools if name not in ("VISUAL-SCAN", "CROSS-MODAL-SYNC")]
+        if "KEYWORD-FLAGGING" not in tools:
+            tools.insert(0, "KEYWORD-FLAGGING")
+    plan = make_plan(persona, tools, topology)
+    return plan, f"{topology} with {persona}, because the case shows {why}."
+
+
+def planner_prompt():
+    """The system prompt of a planner model."""
+    tools = [f"- {tool.name} ({tool.tier}): {tool.purpose}" for tool in TOOLS.values()]
+    personas = [f"- {name}: {sentence}" for name, sentence in PERSONAS.items()]
+    topologies = [f"- {topology}; fits {why}" for why, _, topology, _ in RULES.values()]
+    return "\n".join(
+        [
+            "Plan how an assistant should think about the user's request before it answers. "
+            "Do not answer the request.\nTools:",
+            *tools,
+            "Personas:",
+            *personas,
+            "Topologies:",
+            *topologies,
+            "Use at least one tool of each tier. A tree needs at least two reasoning tools, and "
+            f"one perception tool more than those; a shield needs {GATE}; linear lists its tools in "
+            'tier order.\nReply with JSON only: {"persona": "...", "tools": ["..."], "topology": "..."}',
+        ]
+    )
+
+
+def plan_by_endpoint(ask, question, image_urls, signals, retries=2) -> tuple[Plan, str]:
+    """(Plan, one sentence why) from a chat model that sees image and question (PAPERS 1.2).
+
+    ask(messages) -> str; what it raises passes through. A reply that is no valid plan is sent back
+    with its errors; after `retries` more the rules take over, and the sentence says so."""
+    messages = [
+        {"role": "system", "content": planner_prompt()},
+        user_message(question, image_urls),
+    ]
+    for attempt in range(1, retries + 2):
+        reply = ask(messages)
+        try:  # prose and code fences around one object are fine
+            plan = plan_from_dict(json.loads(reply[reply.find("{") : reply.rfind("}") + 1]))
+            return plan, f"{plan.topology} with {plan.persona}, by the planner model ({attempt})."
+        except (PlanError, ValueError, RecursionError) as error:
+            problem = f"Not usable: {error} Reply with the JSON only."
+        draft = {"role": "assistant", "content": reply}
+        messages = [*messages, draft, user_message(problem, [])]
+    plan, why = plan_by_rules(signals)
+    return plan, f"By rule after {retries + 1} unusable replies (last: {problem}): {why}"
+
+
+# ---- perturbations
+# ---------------------------------------------------------------------------------
+
+PERTURBATIONS = (
+    "wrong-tool",
+    "dropped-tier",
+    "broken-order",
+    "invented-observation",
+    "contradiction",
+    "wrong-decision",
+)
+FLIP = {"comply": "refuse", "refuse": "comply", "redirect": "comply"}
 
 
 def any_fields(tool, rng):
     """Legal field values at random, for a call that should not be there."""
-    return {field.name: rng.choice(field.values) if field.type == "enum" else
-            str(rng.randint(field.low, field.high)) if field.type == "int" else "none" for field in protocol.TOOLS[tool].fields}
+    fields = {}
+    for field in TOOLS[tool].fields:
+        fields[field.name] = rng.choice(field.values) if field.values else "none"
+    return fields
 
 
 def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
     """Break a good response in one stated way.
 
-    Args: kind: one of PERTURBATIONS; calls: list of (tool, fields); wrong_answer: an answer with the opposite decision;
-        other_calls: the calls of another record, where invented observations come from.
+    Args: kind: one of PERTURBATIONS; calls: list of (tool, fields); wrong_answer: an answer with
+    the opposite decision; other_calls: of another record, for invented observations.
     Returns (calls, answer), or None when this response cannot be broken in this way.
     """
-    tier = lambda tool: protocol.TOOLS[tool].tier
     if kind == "wrong-tool":  # a call that the plan does not have, in the place of one that it has
-        outside = [tool for tool in protocol.TOOLS if tool not in plan.tools]
+        outside = [tool for tool in TOOLS if tool not in plan.tools]
         if not outside:
             return None
-        place, tool = rng.randrange(len(calls)), rng.choice(outside)
-        return calls[:place] + [(tool, any_fields(tool, rng))] + calls[place + 1:], answer
+        at = rng.randrange(len(calls))
+        tool = rng.choice(outside)
+        return calls[:at] + [(tool, any_fields(tool, rng))] + calls[at + 1 :], answer
     if kind == "dropped-tier":
-        gone = rng.choice(sorted({tier(tool) for tool, _ in calls}))
-        kept = [call for call in calls if tier(call[0]) != gone]
+        gone = rng.choice(sorted({TOOLS[tool].tier for tool, _ in calls}))
+        kept = [call for call in calls if TOOLS[call[0]].tier != gone]
         return (kept, answer) if kept else None
     if kind == "broken-order":
         return (calls[::-1], answer) if len(calls) > 1 else None
     if kind == "invented-observation":  # what another picture showed
-        seen = {tool: fields for tool, fields in other_calls if tier(tool) == "perception"}
-        places = [i for i, (tool, fields) in enumerate(calls) if tool in seen and seen[tool] != fields]
+        seen = {}
+        for tool, fields in other_calls:
+            if TOOLS[tool].tier == "perception":
+                seen[tool] = fields
+        places = [i for i, (tool, fields) in enumerate(calls) if seen.get(tool, fields) != fields]
         if not places:
             return None
-        place = rng.choice(places)
-        return calls[:place] + [(calls[place][0], seen[calls[place][0]])] + calls[place + 1:], answer
-    flip = {"comply": "refuse", "refuse": "comply", "redirect": "comply"}
-    flipped = [(tool, {"decision": flip[fields["decision"]]} if tool == "SAFETY-GATE" else fields) for tool, fields in calls]
+        at = rng.choice(places)
+        tool = calls[at][0]
+        return calls[:at] + [(tool, seen[tool])] + calls[at + 1 :], answer
+    flipped = []
+    for tool, fields in calls:
+        flipped.append((tool, {"decision": FLIP[fields["decision"]]} if tool == GATE else fields))
     if kind == "contradiction":  # the gate decides against what was just found; the answer stays
         return flipped, answer
     if kind == "wrong-decision":  # over-refusal or under-refusal, consistently from the gate on
-        return [call for call in flipped if call[0] not in ("REDIRECT-ENGINE", "REFUSAL-GENERATOR")], wrong_answer
+        generators = ("REDIRECT-ENGINE", "REFUSAL-GENERATOR")
+        return [call for call in flipped if call[0] not in generators], wrong_answer
     raise ValueError(f"perturbation {kind!r}: expected one of {', '.join(PERTURBATIONS)}")
 
 
-# ---- real data -----------------------------------------------------------------------------------
+def tool_calls(response):
+    """[(tool, fields)] of a response."""
+    return [(call.tool, call.fields) for call in protocol.check(response).calls]
 
-SIZES = {"sft": 6000, "grpo": 6000, "eval": 1000}  # items, as the paper; fewer raw items are shared out in the same proportion
-PAIRS = 3           # rejected responses per SFT item; paper: 18.6k of 6k items
-ACCEPT = judge.Scores(task_success=7, safety=8, helpfulness=5, tool_quality=6)  # the least that an SFT response must have. Ours
-ATTEMPTS = 2        # an illegal trace is sent back to the teacher with its faults once. Ours
-CHUNK = 64          # raw items whose outcomes are written together: what a killed run loses at most
-BARE_REFUSAL = "I can't help with that."
-TEST_SETS = ("mmsafetybench", "mssbench", "siuo", "vlsbench", "mossbench", "toolkitbench", "pope", "mmvet", "mmmu", "mmstar", "mathvista")
-TEACHER_NOTE = """
-Use the form to the letter: all fields of a tool, values as listed, text values short, without semicolons, true to image and question.
-The answer follows the decision. comply: help fully. redirect: say what you will not do and why, then help with a safe alternative.
-refuse: decline, say why, and point to help."""
+
+def broken_responses(row, others, rng):
+    """{kind: text}: an accepted response broken in each way that it can be, in random order.
+
+    A bare refusal stands in for help. The other way round a model would have to write harm, so a
+    refusal's answer is never flipped: there the contradiction (the gate says comply) is all."""
+    plan = plan_from_dict(row["plan"])
+    check = protocol.check(row["response"])
+    found = {}
+    for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
+        if kind == "wrong-decision" and row["decision"] != "comply":
+            continue
+        other = []
+        if kind == "invented-observation" and others:
+            other = tool_calls(rng.choice(others)["response"])
+        calls = tool_calls(row["response"])
+        broken = perturb(kind, calls, check.answer, plan, BARE_REFUSAL, other, rng)
+        text = broken and protocol.render_response(*broken)
+        if text and text != row["response"]:
+            found[kind] = text
+    return dict(list(found.items())[: PAIRS + 1])
+
+
+# ---- real data
+# -------------------------------------------------------------------------------------
 
 
 def read_raw(folder):
-    """<folder>/raw.jsonl -> records, with every problem told before a single request: those of data.py, unknown labels, test sets."""
+    """<folder>/raw.jsonl -> records. Raises DataError on unknown labels and on test sets."""
     path = os.path.join(folder, "raw.jsonl")
-    records, problems = data.read_records(path, "grpo"), []
+    records = read_records(path, "grpo")
+    problems = []
     for record in records:
-        source, expected = str(record.meta.get("source", "")), record.meta.get("expected")
+        source = str(record.meta.get("source", ""))
         if re.sub(r"\W|_", "", source.casefold()) in TEST_SETS:
-            problems.append(f"{record.where}: meta.source: {source} is a test set; training on it makes its evaluation worthless")
-        if expected is not None and expected not in judge.DECISIONS:
-            problems.append(f"{record.where}: meta.expected: must be one of {', '.join(judge.DECISIONS)}, got {expected!r:.60}")
+            problems.append(f"{record.where}: meta.source: {source} is a test set, not to train on")
+        if record.meta.get("expected", "comply") not in DECISIONS:
+            problems.append(f"{record.where}: meta.expected: must be one of {', '.join(DECISIONS)}")
     if problems:
-        raise data.DataError(f"{len(problems)} problem(s) in {path}:\n  " + "\n  ".join(problems))
+        raise DataError("\n".join(problems))
     return records
 
 
-def plan_record(record, teacher, urls):
-    """(plan, who planned): given in the record, by rule from its labels, by the teacher model, or by rule after its unusable replies."""
+def split_items(records, size):
+    """{id: "eval", "train", "repeated" or "shares ..."}: at most `size` are held out for
+    evaluation.
+
+    The order is drawn by hash, so neither seed nor order matters. Training keeps no item that
+    shares an image (by pixels) or a question (by words) with a held-out one. Ours; PAPERS 1.4 has
+    none."""
+    keys = {}
+    for record in records:
+        keys[record.id] = {normalized(record.question), *map(image_hash, record.images)}
+    order = sorted(records, key=lambda record: fingerprint(sorted(keys[record.id])))
+    placed = {}
+    given_away = set()
+    seen = set()
+    for record in order:
+        own = keys[record.id]
+        if frozenset(own) in seen:
+            placed[record.id] = "repeated"
+            continue
+        seen.add(frozenset(own))
+        if size > 0:
+            size -= 1
+            given_away |= own
+            placed[record.id] = "eval"
+        else:
+            shares = not own.isdisjoint(given_away)
+            placed[record.id] = "shares image or question with eval" if shares else "train"
+    return placed
+
+
+def usable_reply(text):
+    """A teacher's reply without a thinking model's own draft; raises Fault on half a character."""
+    text = text.rpartition("</think>")[2]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Fault("half a character", str(error)) from error
+    return text
+
+
+def plan_item(record, teacher, urls):
+    """(plan, who planned): given, by the labels, or by the teacher model."""
     if record.plan:
         return record.plan, "given"
     if "signals" in record.meta:
-        return planner.plan_by_rules(record.meta["signals"])[0], "labels"
-    plan, why = planner.plan_by_endpoint(teacher.chat, record.question, urls, {"image": bool(record.images)})
+        return plan_by_rules(record.meta["signals"])[0], "labels"
+    signals = {"image": bool(record.images)}
+    plan, why = plan_by_endpoint(teacher.chat, record.question, urls, signals)
     return plan, "rule" if why.startswith("By rule") else "model"
 
 
 def draft(record, teacher, config, respond):
-    """One raw record -> its row of a work file: plan, and with `respond` the teacher's response and whether the checker lets it pass.
+    """One raw item -> {id, outcome, plan, planned_by}, and with `respond` the teacher's response.
 
-    The response is written anew from what the parser read, so that later a perturbation differs from it in nothing but its fault.
-    """
+    The response is written anew from what the parser read, so that later a perturbation differs
+    from it in nothing but its fault. outcome: planned, "failed: ..." or "rejected: ..."."""
+    row = {"id": record.id, "outcome": "planned"}
     try:
-        urls = [judge.image_data_url(path, config.min_pixels, config.max_pixels) for path in record.images]  # what the policy will see
-        plan, by = plan_record(record, teacher, urls)
-        row = {"id": record.id, "outcome": "planned", "plan": protocol.plan_to_dict(plan), "planned_by": by}
+        urls = []
+        for path in record.images:  # what the policy will see
+            urls.append(image_data_url(path, config.min_pixels, config.max_pixels))
+        plan, row["planned_by"] = plan_item(record, teacher, urls)
+        row["plan"] = protocol.plan_to_dict(plan)
         if not respond:
             return row
-        system = {"role": "system", "content": planner.system_prompt("planned", plan) + TEACHER_NOTE}
-        messages = [system, judge.user_message(record.question, urls)]
+        system = system_prompt("planned", plan) + TEACHER_NOTE
+        messages = [{"role": "system", "content": system}, user_message(record.question, urls)]
         for _ in range(ATTEMPTS):
-            reply = teacher.chat(messages).rpartition("</think>")[2]  # a thinking model's own draft is no part of the trace
-            if re.search("[\ud800-\udfff]", reply):
-                raise judge.Fault("half a character", "a lone surrogate, which neither a file nor a tokenizer takes")
+            reply = teacher.chat(messages, usable_reply)
             check = protocol.check(reply, plan)
             if check.legal:
                 break
-            faults = "\n".join(f"- line {fault.line}: {fault.message}" for fault in check.violations[:20])
-            again = f"Not usable:\n{faults}\nWrite all of it again."
-            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": again}]
-    except judge.Fault as fault:
+            faults = [f"- line {fault.line}: {fault.message}" for fault in check.violations[:20]]
+            again = "\n".join(["Not usable:", *faults, "Write all of it again."])
+            messages += [{"role": "assistant", "content": reply}, user_message(again, [])]
+    except Fault as fault:
         return {"id": record.id, "outcome": f"failed: teacher, {fault.reason}"}
     if not check.legal:
-        return {**row, "outcome": "rejected: checker", "reasons": sorted({fault.kind for fault in check.violations})}
+        kinds = sorted({fault.kind for fault in check.violations})
+        return row | {"outcome": f"rejected: checker, {kinds[0]}"}
     calls = [(call.tool, call.fields) for call in check.calls]
-    row |= {"response": protocol.render_response(calls, check.answer), "decision": decision_of(calls, check.answer)}
-    expected = record.meta.get("expected")
-    if expected and (row["decision"] == "comply") != (expected == "comply"):  # a redirect may stand for a refusal; the judge weighs that
-        return {**row, "outcome": "rejected: label", "reasons": [f"{row['decision']} for {expected}"]}
+    row["response"] = protocol.render_response(calls, check.answer)
+    row["decision"] = check.decision or answer_form(check.answer)
+    expected = record.meta.get("expected", row["decision"])
+    if (row["decision"] == "comply") != (expected == "comply"):  # redirect and refuse may differ
+        row["outcome"] = "rejected: label"
     return row
 
 
-def decision_of(calls, answer):
-    """What a response decides: by its gate, or by the form of its answer where the plan has no gate."""
-    return next((fields["decision"] for tool, fields in reversed(calls) if tool == protocol.GATE), judge.answer_form(answer))
-
-
 def draft_all(records, teacher, config, respond):
-    """Rows of `draft`, in order, asked side by side. Raises judge.JudgeError when the teacher is down."""
+    """Rows of `draft`, in order, asked side by side."""
     with ThreadPoolExecutor(teacher.threads) as pool:
         return list(pool.map(lambda record: draft(record, teacher, config, respond), records))
 
 
-def sft_rows(records, teacher, scorer, config):
-    """Rows of a chunk of SFT candidates, each with its outcome: accepted, rejected by checker, label or judge, or failed."""
-    rows = draft_all(records, teacher, config, respond=True)
-    asked = [(row, record) for row, record in zip(rows, records) if row["outcome"] == "planned"]
-    scores = scorer.score([judge.Case(record.question, record.images, row["response"], record.meta) for row, record in asked])
-    for (row, _), score in zip(asked, scores):
-        low = score and [name for name, least in asdict(ACCEPT).items() if getattr(score, name) < least]
-        row["outcome"] = "failed: judge" if score is None else "rejected: judge" if low else "accepted"
-        row |= {"reasons": low} if low else {"scores": asdict(score)} if score else {}
-    return rows
-
-
-def broken_responses(row, others, rng):
-    """[(kind, text)]: an accepted response broken in each way that it can be broken, at most PAIRS + 1 of them, in random order.
-
-    wrong-decision is a bare refusal where help was due. The other way round a model would have to write harm, so a refusal's answer is
-    never flipped: there the contradiction (the gate says comply, the answer stays) is all. invented-observation needs `others`.
-    """
-    check, plan = protocol.check(row["response"]), protocol.plan_from_dict(row["plan"])
-    calls, found = [(call.tool, call.fields) for call in check.calls], []
-    for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
-        if kind == "wrong-decision" and row["decision"] != "comply" or kind == "invented-observation" and not others:
+def judge_drafts(records, rows, scorer):
+    """Set the outcome of planned rows: accepted, "rejected: judge, ..." or "failed: judge"."""
+    asked = [(record, row) for record, row in zip(records, rows) if row["outcome"] == "planned"]
+    cases = []
+    for record, row in asked:
+        cases.append(Case(record.question, record.images, protocol.check(row["response"])))
+    for (_, row), scores in zip(asked, scorer.score(cases)):
+        if scores is None:
+            row["outcome"] = "failed: judge"
             continue
-        other = protocol.check(rng.choice(others)["response"]).calls if kind == "invented-observation" else []
-        broken = perturb(kind, calls, check.answer, plan, BARE_REFUSAL, [(call.tool, call.fields) for call in other], rng)
-        text = broken and protocol.render_response(*broken)
-        if text and text != row["response"]:  # without a gate nothing can be flipped
-            found.append((kind, text))
-    return found[:PAIRS + 1]
+        row["scores"] = asdict(scores)
+        low = [name for name, least in asdict(ACCEPT).items() if row["scores"][name] < least]
+        row["outcome"] = f"rejected: judge, {low[0]}" if low else "accepted"
 
 
-def dpo_rows(items, scorer, seed):
-    """Rows of a chunk of (record, accepted row): the first PAIRS broken responses that are really worse.
-
-    Worse: the checker finds a violation, for the accepted response has none; where it finds none, the judge's scores have a lower sum.
-    """
-    tried = []  # (number of the item, kind, text, whether it is worse or None)
-    for number, (record, row) in enumerate(items):
-        others = [other for there, other in items if there.images and not set(there.images) & set(record.images)]
-        for kind, text in broken_responses(row, others, random.Random(f"dpo {seed} {record.id}")):
-            legal = protocol.check(text, protocol.plan_from_dict(row["plan"])).legal
-            tried.append([number, kind, text, None if legal else "worse"])
-    asked = [attempt for attempt in tried if attempt[3] is None]
-    scores = scorer.score([judge.Case(items[number][0].question, items[number][0].images, text) for number, _, text, _ in asked])
-    for attempt, score in zip(asked, scores):
-        full = sum(items[attempt[0]][1]["scores"].values())
-        attempt[3] = "failed: judge" if score is None else "worse" if sum(asdict(score).values()) < full else "no worse"
-    return [{"id": record.id, "pairs": [(kind, text) for at, kind, text, how in tried if at == number and how == "worse"][:PAIRS],
-             "unused": [f"{kind}: {how}" for at, kind, _, how in tried if at == number and how != "worse"]}
-            for number, (record, _) in enumerate(items)]
-
-
-def in_chunks(folder, stage, items, make):
-    """Yields the rows of make(CHUNK items) for all items; what <folder>/work holds is read, not made again."""
-    with tqdm(total=len(items), desc=f"build: {stage}", leave=False) as bar:
-        for start in range(0, len(items), CHUNK):
-            path, part = os.path.join(folder, "work", f"{stage}-{start // CHUNK:05d}.jsonl"), items[start:start + CHUNK]
-            if not os.path.exists(path):
-                data.write_jsonl(path, make(part))
-            rows = read_rows(path, {"id"})
-            if len(rows) != len(part):  # all rows behind would belong to other items
-                raise data.DataError(f"{path}: damaged: has {len(rows)} rows for {len(part)} items; delete it, and it is made again")
-            yield from rows
-            bar.update(len(part))
+def add_pairs(records, rows, scorer, seed):
+    """Put `rejected`, {kind: text}, into accepted rows: the first PAIRS perturbations that are
+    really worse. Worse: the checker finds a violation; where it finds none, the judge's sum is
+    lower."""
+    accepted = [(record, row) for record, row in zip(records, rows) if row["outcome"] == "accepted"]
+    tried = []  # (row, kind, text), and its case
+    cases = []
+    for record, row in accepted:
+        others = []
+        for other, other_row in accepted:
+            if other.images and not set(other.images) & set(record.images):
+                others.append(other_row)
+        rng = random.Random(f"dpo {seed} {record.id}")
+        row["rejected"] = {}
+        for kind, text in broken_responses(row, others, rng).items():
+            check = protocol.check(text, plan_from_dict(row["plan"]))
+            tried.append((row, kind, text, check.legal))
+            if check.legal:
+                cases.append(Case(record.question, record.images, check))
+    scores = iter(scorer.score(cases) if cases else [])
+    for row, kind, text, legal in tried:
+        worse = not legal
+        if legal:
+            score = next(scores)
+            full = sum(row["scores"].values())
+            worse = score is not None and sum(asdict(score).values()) < full
+        if worse and len(row["rejected"]) < PAIRS:
+            row["rejected"][kind] = text
 
 
-def read_rows(path, needed=frozenset()):
-    """The objects of a file that this project wrote a line at a time, without the half line that an interruption leaves at its end.
-
-    Raises DataError, with file and line, for what is no object with the needed keys."""
-    rows = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):  # ValueError: not UTF-8 too
-            rows.append(None)
-        if not isinstance(rows[-1], dict) or not needed <= rows[-1].keys():
-            raise data.DataError(f"{path}:{number}: damaged: expected a JSON object{' with ' * bool(needed)}{', '.join(sorted(needed))}; "
-                                 "put the line right, or delete the file: what it held is then made again")
-    return rows
+def make_rows(records, known, path, make):
+    """The rows of these records in order; those not `known` are made, a batch at a time, and added
+    to the file."""
+    missing = [record for record in records if record.id not in known]
+    for start in range(0, len(missing), BATCH):
+        rows = make(missing[start : start + BATCH])
+        append_jsonl(path, rows)
+        known.update((row["id"], row) for row in rows)
+    return [known[record.id] for record in records]
 
 
-def check_work(folder, path, settings):
-    """Raises ConfigError when path, the settings of <folder>/work, has others, or when there are sets without it: not ours to replace."""
-    if os.path.exists(path):
-        before = (read_rows(path) or [{}])[0]
-        changed = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in settings.items() if before.get(name) != value]
-        if changed:
-            raise ConfigError(f"{folder}/work was begun with other settings ({'; '.join(changed)}); move it and the sets away first")
-        return
-    there = [name for name in (*data.SETS, "card") if os.path.exists(data.set_path(folder, name))]
-    if there:
-        raise ConfigError(f"{folder} has {', '.join(there)} already, and no work folder that tells their making; move them away first")
+def make_items(records, placed, sizes, teacher, scorer, config, path):
+    """Everything that asks a model. Returns {id: row}; `placed` gets each item's set or outcome.
 
+    Training items are drafted until there are enough good ones; of the rest, those that were
+    rejected among them, come the GRPO prompts."""
+    known = {row["id"]: row for row in resume_jsonl(path)}
 
-def ask_models(folder, records, held, train, sizes, teacher, scorer, config):
-    """Everything that asks a model. Returns (item number -> row of its draft or plan, item number -> set, rows of dpo_rows).
+    def respond(batch):
+        rows = draft_all(batch, teacher, config, respond=True)
+        judge_drafts(batch, rows, scorer)
+        add_pairs(batch, rows, scorer, config.seed)
+        return rows
 
-    Training items are drafted until there are enough good ones; of the rest, those that were rejected among them, come the GRPO prompts.
-    """
-    plan_only = lambda part: draft_all(part, teacher, config, respond=False)
-    rows, place = {}, {}
-    for i, row in zip(train, in_chunks(folder, "sft", [records[i] for i in train], lambda part: sft_rows(part, teacher, scorer, config))):
-        rows[i] = row
-        if row["outcome"] == "accepted":
-            place[i] = "sft"
-        if len(place) == sizes["sft"]:
-            break
-    if not place:
-        counts = ", ".join(f"{count} {what}" for what, count in collections.Counter(row["outcome"] for row in rows.values()).items())
-        raise data.DataError(f"no response of the teacher was accepted ({counts}), so there is nothing to train on: look at {folder}/work, "
-                             "try another TEACHER_MODEL, and move that folder away before")
-    pairs = list(in_chunks(folder, "dpo", [(records[i], rows[i]) for i in place], lambda part: dpo_rows(part, scorer, config.seed)))
-    rest = [i for i in train if i not in rows or rows[i]["outcome"].startswith("rejected")]
-    for name, chosen in (("grpo", rest[:sizes["grpo"]]), ("eval", held)):
-        place |= dict.fromkeys(chosen, name)
-        new = [i for i in chosen if i not in rows]
-        rows |= zip(new, in_chunks(folder, name, [records[i] for i in new], plan_only))
-    return rows, place | {i: row["outcome"] for i, row in rows.items() if row["outcome"].startswith("failed")}, pairs
+    def plan_only(batch):
+        return draft_all(batch, teacher, config, respond=False)
 
-
-def write_sets(folder, records, rows, place, pairs):
-    """The four files in the order of raw.jsonl. Returns set -> its rows."""
-    sets, broken = {name: [] for name in data.SETS}, {row["id"]: row["pairs"] for row in pairs}
-    for i, record in enumerate(records):
-        if place.get(i) not in data.SETS:
+    train = [record for record in records if placed[record.id] == "train"]
+    held = [record for record in records if placed[record.id] == "eval"]
+    accepted = 0
+    rest = []
+    for start in tqdm(range(0, len(train), BATCH), desc="build: drafts", leave=False):
+        batch = train[start : start + BATCH]
+        if accepted >= sizes["sft"]:
+            rest += batch
             continue
-        row = {"id": record.id, "images": [os.path.relpath(path, folder) for path in record.images], "question": record.question,
-               "plan": rows[i]["plan"], "meta": record.meta}
-        extra = {"sft": {"response": rows[i].get("response")}, "eval": {"benchmark": "held-out"}}.get(place[i], {})
-        sets[place[i]].append(row | extra)
-        sets["dpo"] += [{**row, "id": f"{record.id}-{kind}", "chosen": rows[i]["response"], "rejected": text, "perturbation": kind}
-                        for kind, text in broken.get(record.id, [])]
-    for name, lines in sets.items():
-        data.write_jsonl(os.path.join(folder, f"{name}.jsonl"), lines)
+        for record, row in zip(batch, make_rows(batch, known, path, respond)):
+            placed[record.id] = row["outcome"]
+            if row["outcome"] == "accepted" and accepted < sizes["sft"]:
+                accepted += 1
+                placed[record.id] = "sft"
+            elif not row["outcome"].startswith("failed"):
+                rest.append(record)
+    if not accepted:
+        counts = dict(Counter(placed.values()))
+        raise DataError(f"no response of the teacher was accepted, so nothing can train: {counts}")
+    for name, chosen in (("grpo", rest[: sizes["grpo"]]), ("eval", held)):
+        for record, row in zip(chosen, make_rows(chosen, known, path, plan_only)):
+            placed[record.id] = name if "plan" in row else row["outcome"]
+    return known
+
+
+def write_sets(folder, records, known, placed):
+    """The four files, in the order of raw.jsonl. Returns {set: its rows}."""
+    sets = {name: [] for name in SETS}
+    for record in records:
+        name = placed[record.id]
+        if name not in sets:
+            continue
+        made = known[record.id]
+        row = {
+            "id": record.id,
+            "images": [os.path.relpath(path, folder) for path in record.images],
+            "question": record.question,
+            "plan": made["plan"],
+            "meta": record.meta,
+        }
+        if name == "eval":
+            row["benchmark"] = "held-out"
+        if name == "sft":
+            for kind, text in made["rejected"].items():
+                pair = {"id": f"{record.id}-{kind}", "chosen": made["response"], "rejected": text}
+                sets["dpo"].append(row | pair | {"perturbation": kind})
+            row["response"] = made["response"]
+        sets[name].append(row)
+    for name, rows in sets.items():
+        write_jsonl(os.path.join(folder, f"{name}.jsonl"), rows)
     return sets
 
 
-def data_card(settings, records, rows, place, pairs, sets):
-    """What became of every raw item, and what is in each set: counts only. The counts under `items` sum to the raw items."""
-    count = lambda values: dict(sorted(collections.Counter(map(str, values)).items()))
-    about = {"source": lambda row: row["meta"].get("source", "not given"), "category": lambda row: row["meta"].get("category", "not given"),
-             "topology": lambda row: row["plan"]["topology"], "persona": lambda row: row["plan"]["persona"]}
-    rejected = [row for row in rows.values() if row["outcome"].startswith("rejected")]
-    return {"settings": settings, "raw": len(records), "items": count(place.get(i, "beyond the sizes") for i in range(len(records))),
-            "sets": {name: len(lines) for name, lines in sets.items()},
-            **{f"by {name}": {kind: count(map(of, lines)) for kind, lines in sets.items()} for name, of in about.items()},
-            "sft decisions": count(row["decision"] for i, row in rows.items() if place[i] == "sft"),
-            "planned by": count(row["planned_by"] for row in rows.values() if "planned_by" in row),
-            "rejected drafts (items become GRPO prompts)": count(row["outcome"] for row in rejected),
-            "reasons (an item may have several)": count(f"{row['outcome']}, {reason}" for row in rejected for reason in row["reasons"]),
-            "pairs by perturbation": count(row["perturbation"] for row in sets["dpo"]),
-            "perturbations left out": count(reason for row in pairs for reason in row["unused"])}
+def data_card(inputs, placed, sets):
+    """What became of every raw item (the counts sum to all of them), and what is in each set."""
+    card = {"inputs": inputs, "items": Counter(placed.values())}
+    card["sets"] = {name: len(rows) for name, rows in sets.items()}
+    for name, rows in sets.items():
+        card[f"topologies of {name}"] = Counter(row["plan"]["topology"] for row in rows)
+        sources = [str(row["meta"].get("source", "not given")) for row in rows]
+        card[f"sources of {name}"] = Counter(sources)
+    card["pairs by perturbation"] = Counter(row["perturbation"] for row in sets["dpo"])
+    return card
 
 
-def build_real(config, folder):
-    """Write the four sets and card.json from <folder>/raw.jsonl. What is finished is kept in <folder>/work.
+def build(config, folder):
+    """Write the four sets and card.json from <folder>/raw.jsonl; what is made is in <folder>/work.
 
-    Raises data.DataError on bad raw data, ConfigError on a folder made otherwise, judge.JudgeError when teacher or judge is down.
-    """
-    records, card_path = read_raw(folder), os.path.join(folder, "card.json")
-    cache = lambda name: os.path.join(folder, "work", f"cache-{name}")
+    Raises DataError on bad raw data, ConfigError on a folder made otherwise, JudgeError when
+    teacher or judge is down."""
+    records = read_raw(folder)
+    work = Path(folder) / "work"
+    if not work.exists():
+        there = [name for name in SETS if os.path.exists(os.path.join(folder, f"{name}.jsonl"))]
+        if there:
+            raise ConfigError(f"{folder} has {', '.join(there)} already; move them away first")
     # a little under max_response: a broken response may be longer than the one it is made from
-    teacher = judge.judge_from_env(cache("teacher"), "TEACHER", {"temperature": 0.7, "max_tokens": config.max_response * 9 // 10})
-    teacher.name, scorer = teacher.name.replace("judge", "teacher", 1), judge.judge_from_env(cache("judge"))
-    keys = list(map(split.item_keys, records))
-    sizes = {name: min(size, len(records) * size // sum(SIZES.values())) for name, size in SIZES.items()}
-    content = [(record.id, record.question, record.plan, record.meta, *hashes) for record, hashes in zip(records, keys)]
-    settings = {"raw": hashlib.sha256(repr(content).encode()).hexdigest(), "teacher": [teacher.model, teacher.params],
-                "judge": [scorer.model, scorer.params], "accept": asdict(ACCEPT), "attempts": ATTEMPTS, "sizes": sizes, "pairs": PAIRS,
-                "chunk": CHUNK, "seed": config.seed, "pixels": [config.min_pixels, config.max_pixels]}
-    held, train, repeated = split.split_items(keys, sizes["eval"])
-    if not held:
-        raise data.DataError(f"{folder}/raw.jsonl: of {len(records)} items none can be held out for evaluation: "
-                             "there are too few, or shared images or questions link them all")
-    settings_path = os.path.join(folder, "work", "settings.jsonl")
-    check_work(folder, settings_path, settings)
-    if all(os.path.exists(os.path.join(folder, name)) for name in (*(f"{name}.jsonl" for name in data.SETS), "card.json")):
+    params = {"temperature": 0.7, "max_tokens": config.max_response * 9 // 10}
+    teacher = judge_from_env(work / "cache-teacher", "TEACHER", params)
+    scorer = judge_from_env(work / "cache-judge")
+    inputs = {
+        "raw": records_fingerprint(records),
+        "teacher": f"{teacher.model} {teacher.params}",
+        "judge": f"{scorer.model} {scorer.params}",
+    }
+    guard(work, config, "build", inputs, write=False)
+    card_path = Path(folder) / "card.json"
+    if card_path.exists():
         return print(f"build: {folder} is there already")
-    lock_folder(Path(folder) / "work")
-    for model in (teacher, scorer):
-        model.preflight(vision=any(record.images for record in records))
-    data.write_jsonl(settings_path, [settings])  # only now, so that what a preflight finds wrong can still be set otherwise
+    sizes = {}
+    for name, size in SIZES.items():
+        sizes[name] = min(size, len(records) * size // sum(SIZES.values()))
+    placed = split_items(records, sizes["eval"])
+    lock_folder(work)
+    for server in (teacher, scorer):
+        server.preflight()
+    guard(work, config, "build", inputs)
+    path = work / "items.jsonl"
     try:
-        rows, place, pairs = ask_models(folder, records, held, train, sizes, teacher, scorer, config)
-    except judge.JudgeError as error:
-        raise judge.JudgeError(f"{error}\nbuild: what is finished is kept in {folder}/work; the same command goes on from there") from error
-    place |= dict.fromkeys(repeated, "repeated")
-    card = data_card(settings, records, rows, place, pairs, write_sets(folder, records, rows, place, pairs))
-    with open(card_path + ".part", "w", encoding="utf-8") as file:
-        json.dump(card, file, indent=1, ensure_ascii=False)
-    os.replace(card_path + ".part", card_path)
-    for name in ("items", "sets", "rejected drafts (items become GRPO prompts)"):
-        print(f"build: {name}: " + ", ".join(f"{count:,} {what}" for what, count in card[name].items()))
-    for model, latest in ((teacher, "teacher"), (scorer, "judge")):
-        for reason, example in model.examples.items():
-            print(f"build: {latest}, {reason}, {model.counts[reason]} times; the last: {example}")
-
-
-def make_raw(argv):
-    """`raw --from NAME=FOLDER ... --to FILE`: raw items from a data set's original files. Raises ConfigError for what is a test set."""
-    parser = argparse.ArgumentParser(prog="build.py raw", description="raw items from the train split of BeaverTails-V")
-    parser.add_argument("--from", action="append", required=True, dest="sources", metavar="beavertails-v=FOLDER")
-    parser.add_argument("--to", required=True, metavar="FILE", help="such as my/data/raw.jsonl")
-    args, rows = parser.parse_args(argv), []
-    for name, _, folder in (source.partition("=") for source in args.sources):
-        if name != "beavertails-v":
-            raise ConfigError(f"--from {name}: is a test set, or unknown; beavertails-v is what can be read for training. "
-                              "Training on what the evaluation asks makes its table worthless")
-        if not folder:
-            raise ConfigError(f"--from {name}: expected {name}=FOLDER")
-        if os.path.exists(args.to):
-            raise ConfigError(f"--to {args.to}: is there already; name a new file")
-        from extras import benchmarks  # needed by this command alone
-        for record in benchmarks.read_beavertails_train(folder):
-            images = [os.path.relpath(path, os.path.dirname(args.to) or ".") for path in record.images]
-            meta = {**record.meta, "source": name}
-            rows.append({"id": f"{name}-{len(rows)}", "images": images, "question": record.question, "meta": meta})
-    data.write_jsonl(args.to, rows)
-    print(f"build: {args.to}: {len(rows)} raw items")
+        known = make_items(records, placed, sizes, teacher, scorer, config, path)
+    except JudgeError as error:
+        raise JudgeError(f"{error}\nbuild: the same command goes on from {path}") from error
+    sets = write_sets(folder, records, known, placed)
+    card = data_card(inputs, placed, sets)
+    write_text(card_path, json.dumps(card, indent=1, ensure_ascii=False) + "\n")  # last
+    for name in ("items", "sets"):
+        print(f"build: {name}: {dict(card[name])}")
+    print(f"build: teacher {dict(teacher.counts)}, judge {dict(scorer.counts)}")
 
 
 def main(argv):
-    """argv: `raw ...`, or settings as in config.py. Raises what the last lines of this file catch."""
-    if argv[:1] == ["raw"]:
-        return make_raw(argv[1:])
+    """Flags as in config.py; the data folder by --data or DATA."""
     config = parse_config(argv)
     folder = config.data or os.environ.get("DATA", "")
     if not folder:
-        raise ConfigError(f"--recipe {config.recipe} builds from your data: give --data FOLDER, a folder with raw.jsonl")
-    return build_real(config, folder)
+        raise ConfigError("build.py builds from your data: give --data FOLDER with a raw.jsonl")
+    build(config, folder)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (OSError, ConfigError, data.DataError, StageError, judge.JudgeError) as problem:
+    except (OSError, ConfigError, DataError, PlanError, StageError, JudgeError) as problem:
         sys.exit(str(problem))
-    except KeyboardInterrupt:
-        print("\nbuild: stopped; the same command goes on, or begins anew where little is lost", file=sys.stderr)
-        sys.exit(130)
