@@ -14,6 +14,7 @@ keeps a folder from being continued with other settings or inputs.
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -22,6 +23,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -91,8 +93,7 @@ class Config:
     lora_alpha: float = 32.0
     """adapters are scaled by alpha / r. Ours"""
     micro_tokens: int = 4096
-    """packed tokens per forward and backward pass, 0 = from the free memory on CUDA; changes memory
-    and speed, never a gradient"""
+    """packed tokens per forward and backward pass; changes memory and speed, never a gradient"""
     checkpointing: bool = False
     """1: recompute each layer in the backward pass (memory for time)"""
 
@@ -215,7 +216,7 @@ REAL = dict(
     max_response=2048,
     lora_r=64,
     lora_alpha=128.0,
-    micro_tokens=0,
+    micro_tokens=16_384,
     weight_decay=0.01,
     sft_lr=1e-4,
     sft_epochs=2.0,
@@ -253,31 +254,22 @@ RECIPES = {
 RECIPES |= {f"{name}-vlm": dict(recipe, **VLM) for name, recipe in RECIPES.items()}
 RECIPES["tiny-vlm"] |= dict(grpo_steps=100, eval_prompts="generic", qi_samples=8)
 CHOICES = {
-    "recipe": tuple(RECIPES),
-    "dtype": ("float32", "bfloat16"),
-    "device": ("auto", "cpu", "cuda"),
-    "judge": ("toy", "endpoint", "labels"),
-    "loss_mean": ("token", "sequence", "constant"),
-    "rollout": ("plain", "reflect", "discard"),
-    "credit": ("prompt", "reflection"),
-    "unsafe": ("keep", "drop"),
-    "curate": ("none", "qibox", "random"),
-    "grpo_schedule": ("cosine", "constant"),
-    "reward": (
-        "checked",
-        "paper",
-        "structured",
-        "answer",
-        "answer+format",
-        "answer+format+depth",
-        "no-depth",
-        "no-compliance",
-        "no-tool-quality",
-    ),
+    "recipe": list(RECIPES),
+    "dtype": ["float32", "bfloat16"],
+    "device": ["auto", "cpu", "cuda"],
+    "judge": ["toy", "endpoint", "labels"],
+    "loss_mean": ["token", "sequence", "constant"],
+    "rollout": ["plain", "reflect", "discard"],
+    "credit": ["prompt", "reflection"],
+    "unsafe": ["keep", "drop"],
+    "curate": ["none", "qibox", "random"],
+    "grpo_schedule": ["cosine", "constant"],
+    "reward": "checked paper structured answer answer+format answer+format+depth no-depth"
+    " no-compliance no-tool-quality".split(),
 }
 # The only numbers that may be 0.
 MAY_BE_0 = set(
-    "seed max_steps resume dry_run qi_low qi_high qi_unstable micro_tokens checkpointing"
+    "seed max_steps resume dry_run qi_low qi_high qi_unstable checkpointing"
     " weight_decay warmup grpo_steps dual_clip kl_coef advantage_std weight_reasoning weight_logic"
     " weight_grounding weight_safety penalties eval_limit".split()
 )
@@ -286,11 +278,17 @@ FREE = set(
     "out resume dry_run device micro_tokens checkpointing rollout_rows benchmarks bench_data"
     " eval_limit eval_prompts".split()
 )
-# GRPO's and the judge's alone: SFT and DPO do not depend on them.
+# GRPO's alone: SFT and DPO do not depend on them.
 ROLLOUT = set(
     "temperature clip_low clip_high dual_clip kl_coef advantage_std loss_mean reward judge"
     " JUDGE_MODEL rollout reflect_rounds credit unsafe weight_reasoning weight_logic"
-    " weight_grounding weight_safety penalties".split()
+    " weight_grounding weight_safety penalties curate qi_samples qi_low qi_high qi_unstable".split()
+)
+# All that these two depend on. The model whose answers are scored is one of QI-Box's inputs.
+BUILD = set("seed min_pixels max_pixels max_response".split())
+QIBOX = BUILD | set(
+    "dtype temperature judge JUDGE_MODEL weight_reasoning weight_logic weight_grounding"
+    " weight_safety penalties curate qi_samples qi_low qi_high qi_unstable".split()
 )
 
 
@@ -368,14 +366,13 @@ def check_config(config):
             problems.append(f"--{name} {value}: must be above 0")
 
     stages = config.stages.split(",")
-    weights = (config.weight_logic, config.weight_grounding, config.weight_safety)
+    weights = config.weight_logic + config.weight_grounding + config.weight_safety
     structured = config.reward == "structured"
     rules = [  # (what must hold, what to say where it does not)
         (
             stages == [stage for stage in STAGES if stage in stages],
             f"--stages {config.stages}: expected some of {','.join(STAGES)}, in this order",
         ),
-        (config.seed < 2**63, f"--seed {config.seed}: must be below 2^63"),
         (max(config.warmup, config.clip_low) < 1, "--warmup, --clip_low: must be below 1"),
         (
             config.dual_clip == 0 or config.dual_clip > 1,
@@ -386,7 +383,7 @@ def check_config(config):
             "--qi_low, --qi_high, --qi_unstable: expected low <= high <= 1 and unstable <= 1",
         ),
         (
-            config.weight_reasoning <= 1 and sum(weights) > 0,
+            config.weight_reasoning <= 1 and weights > 0,
             "--weight_reasoning: at most 1; one of the other three --weight_ must be above 0",
         ),
         (
@@ -403,7 +400,7 @@ def check_config(config):
         ),
         (config.grpo_k != 1, "--grpo_k 1: a group of one has no advantage; expected 2 or more"),
         (
-            config.grpo_update_batch == 0 or config.grpo_batch % config.grpo_update_batch == 0,
+            config.grpo_batch % max(1, config.grpo_update_batch) == 0,
             f"--grpo_update_batch {config.grpo_update_batch}: must divide --grpo_batch"
             f" {config.grpo_batch}, or prompts would be dropped",
         ),
@@ -440,7 +437,8 @@ def write_whole(path, write):
     Raises OSError, with the old file as it was, when the disk is full or read-only.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    writer = f"{os.getpid()}-{threading.get_ident()}"  # two may write the same file at once
+    part = path.with_name(f"{path.name}.{writer}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
@@ -448,10 +446,8 @@ def write_whole(path, write):
         part.replace(path)
         sync(path.parent)
     except Exception as error:  # safetensors wraps what the system says in a class of its own
-        try:
+        with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        except OSError:
-            pass
         message = f"{path}: cannot be written ({error}); what was there is unchanged"
         raise OSError(message) from error
 
@@ -465,11 +461,12 @@ def write_text(path, text):
 
 
 def fingerprint(*parts):
-    """SHA-256 over bytes or plain values."""
+    """SHA-256 over bytes or plain values, 16 hex digits of it: to notice changes, not attacks."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part if isinstance(part, bytes) else repr(part).encode())
-    return digest.hexdigest()
+        content = part if isinstance(part, bytes) else repr(part).encode()
+        digest.update(hashlib.sha256(content).digest())  # one each: no border can move
+    return digest.hexdigest()[:16]
 
 
 def run_settings(config):
@@ -480,16 +477,17 @@ def run_settings(config):
 
 
 def needed_settings(step):
-    """Names of the settings that a step (sft, dpo, grpo, qibox, eval, build) depends on."""
+    """Names of the settings that a step (sft, dpo, grpo, eval, qibox, build) depends on: a stage
+    on those before it, not on those after."""
+    if step in ("qibox", "build"):
+        return QIBOX if step == "qibox" else BUILD
     names = {field.name for field in dataclasses.fields(Config)} | {"JUDGE_MODEL"}
     names -= FREE
-    later = STAGES[STAGES.index(step) + 1 :] if step in STAGES else ()
     if step in ("sft", "dpo"):
         names -= ROLLOUT
-    if step in ("qibox", "build"):
-        later = STAGES
-        names -= {"model"}  # several models may score one pool
-    return {name for name in names if not name.startswith(tuple(f"{stage}_" for stage in later))}
+    order = (*STAGES, "eval")
+    later = tuple(f"{stage}_" for stage in order[order.index(step) + 1 :])
+    return {name for name in names if not name.startswith(later)}
 
 
 def guard(folder, config, step, inputs, write=True):
@@ -497,62 +495,58 @@ def guard(folder, config, step, inputs, write=True):
 
     Args: step: see needed_settings; inputs: {name: fingerprint} of what the step starts from, such
     as its records, the base, earlier adapters. The first call writes <folder>/config.json:
-    settings, inputs, git commit, versions. A later call compares, and adds inputs that are new.
-    Raises ConfigError, naming every difference.
+    settings, inputs, git commit, versions. A later call compares, and adds inputs that are new;
+    with write=False it only compares. Raises ConfigError, naming every difference.
     """
     path = Path(folder) / "config.json"
-    found = {"settings": run_settings(config), "inputs": {}}
+    settings = run_settings(config)
+    found = None
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            before, known = dict(found["settings"]), dict(found["inputs"])
+            was = found["settings"] | found["inputs"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path}: damaged, or not written by this program ({error}); "
                 f"choose another --out, or delete {folder}"
             ) from error
-        settings = run_settings(config)
+        now = {name: settings[name] for name in sorted(needed_settings(step))} | inputs
         changed = []
-        for name in sorted(needed_settings(step)):
-            if before.get(name) != settings[name]:
-                changed.append(f"{name} was {before.get(name)!r}, is {settings[name]!r}")
-        for name, value in inputs.items():
-            if known.get(name, value) != value:
-                changed.append(f"{name} changed")
+        for name, value in now.items():
+            if was.get(name, value) != value:
+                changed.append(f"{name} was {was[name]!r}, is {value!r}")
         if changed:
             raise ConfigError(
-                f"{folder} holds a run with other settings or inputs ({'; '.join(changed)}); "
-                "put back what was there, choose another --out, or delete that folder"
+                f"{folder} holds a {step} run with other settings or inputs: {'; '.join(changed)};"
+                " put back what was there, choose another --out, or delete that folder"
             )
-        if inputs.items() <= known.items():
-            return
-    if not write:
-        return
+    if write:
+        found = found or {"settings": settings, "inputs": {}} | versions()
+        found["inputs"] |= inputs
+        write_text(path, json.dumps(found, indent=1) + "\n")
+
+
+def versions():
+    """The code that runs: git commit, python, packages."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
-    here = {
+    return {
         "commit": git.stdout.strip() or "not a git checkout",
         "python": sys.version.split()[0],
         "versions": {name: version(name) for name in PACKAGES},
     }
-    found = here | found
-    found["inputs"] = found["inputs"] | inputs
-    write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def main(argv):
-    """Print the settings that the flags give, or one of them."""
+    """Print the settings that the flags give, or with --get one of them."""
     if "--help" in argv:
         return make_parser().print_help()
-    name = None
-    if argv[:1] == ["--get"]:
-        name, argv = argv[1], argv[2:]
-    values = dataclasses.asdict(parse_config(argv))
-    if name is None:
-        print(json.dumps(values, indent=1, ensure_ascii=False))
-    else:
-        value = values[name]
-        print(int(value) if isinstance(value, bool) else value)
+    get = argv[:1] == ["--get"]
+    config = parse_config(argv[2:] if get else argv)
+    if not get:
+        return print(json.dumps(vars(config), indent=1, ensure_ascii=False))
+    value = getattr(config, argv[1])
+    print(int(value) if isinstance(value, bool) else value)
 
 
 if __name__ == "__main__":

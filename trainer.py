@@ -1,11 +1,12 @@
-"""What the three training stages share: opening a stage, its checks, checkpoints, metrics, and the optimiser step.
+"""What the training stages share: opening a stage, checkpoints, metrics, the optimizer step.
 
-A stage merges the adapters of the stages before it into the base, trains a fresh LoRA, and saves only that. So the reference model of
-DPO and GRPO is the same model with its LoRA off, at no memory. Ours: the papers do not say how their stages hand over.
+A stage merges the adapters of the stages before it into the base, trains a fresh LoRA, and saves
+only that. So the reference model of DPO and GRPO is the same model with its LoRA off, at no memory.
+Ours: the papers do not say how their stages hand over.
 
-Whatever is drawn (data order, LoRA's A, a sample) depends on seed, step and record alone, never on a generator's history: that is what
-makes resuming exact and independent of the number of ranks. So a checkpoint holds adapter, optimiser and step and no generator's state:
-the step is also the place in the schedule and in the data.
+Whatever is drawn (data order, LoRA's A, a sample) depends on seed, step and record alone, never on
+a generator's history: that makes resuming exact and independent of the number of ranks. A
+checkpoint holds adapter, optimizer state and step; the step is also the place in data and schedule.
 """
 
 import fcntl
@@ -15,7 +16,6 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,63 +28,62 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
-import judge as judging
-import model as modeling
-from config import ConfigError, check_settings, save_config
+import model
+from config import STAGES, Config, ConfigError, check_config, fingerprint, guard, sync, write_whole
+from judge import LabelsJudge, judge_from_env
 
-FEATURE_BYTES = 1 << 30  # image features kept from step to step: with few images, the vision tower runs in the first epoch only
-SAVE_EVERY = 50  # optimiser steps (GRPO: rollouts) between checkpoints. Paper: 50 (PAPERS 1.5)
+FEATURE_BYTES = 1 << 30  # image features kept from step to step: the tower is frozen
+SAVE_EVERY = 50  # optimizer steps (GRPO: rollouts) between checkpoints. Paper: 50 (PAPERS 1.5)
 LOGS = ("metrics.jsonl", "samples.txt")  # files of a stage that grow with every step
-
-
-@dataclass
-class Run:
-    """What a training loop works with."""
-
-    config: object
-    stage: str
-    folder: Path
-    model: torch.nn.Module
-    processor: data.Processor
-    parameters: dict  # name -> LoRA's A and B, float32
-    optimiser: torch.optim.Optimizer
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-    first_step: int = 0
-    micro_tokens: int = 0  # packed tokens per forward and backward pass
-    # the tower is frozen, so its features stay true
-    features: modeling.FeatureCache = field(default_factory=lambda: modeling.FeatureCache(FEATURE_BYTES))
-    sums: dict = field(default_factory=dict)  # of the step: name -> [numerator, denominator]
-    base_sum: float = 0.0  # of all frozen weights, to see that none has changed
-    made_from: dict = field(default_factory=dict)  # what a checkpoint hangs on besides the settings
-    logs: dict = field(default_factory=dict)  # name -> bytes of each of LOGS after the last finished step
-    suspects: list = field(default_factory=list)  # ids of the records whose loss or gradient is not finite
-    stop: int = 0  # the signal that asks to stop after this step
-    checked: bool = False  # the checks after the first update are done
+# The metrics shown beside the progress bar.
+SHOWN = ("loss", "accuracy", "margin", "reward", "legal", "unsafe", "kl", "sampler_diff")
 
 
 class StageError(RuntimeError):
     """A check failed; the message says which and what to do."""
 
 
+@dataclass
+class Run:
+    """What a training loop works with."""
+
+    config: Config
+    stage: str
+    folder: Path
+    model: torch.nn.Module
+    processor: data.Processor
+    parameters: dict  # name -> LoRA's A and B, float32
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    first_step: int = 0
+    features: dict = field(default_factory=dict)  # image key -> features
+    sums: dict = field(default_factory=dict)  # of this step: name -> [numerator, denominator]
+    bad_records: list = field(default_factory=list)  # whose loss is not finite
+    stop: int = 0  # the signal that asks to stop after this step
+    bar: tqdm = None
+
+
 # ---- opening a stage -----------------------------------------------------------------------------
 
 
 def pick_device(config, local_rank):
-    if config.device == "cpu" or config.device == "auto" and not torch.cuda.is_available():
+    """--device, or CUDA where there is one."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def join_ranks(device):
-    """(rank, world), and the process group where torchrun started several processes. A rank may wait long for another's judge."""
+    """(rank, world), and the process group where torchrun started several processes."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # a judge may take long
     return int(os.environ.get("RANK", 0)), world
 
 
@@ -94,361 +93,323 @@ def make_judge(config):
         from extras.toy import ToyJudge
 
         return ToyJudge()
-    return judging.LabelsJudge() if config.judge == "labels" else judging.judge_from_env(os.path.join(config.out, "judge_cache"))
+    if config.judge == "labels":
+        return LabelsJudge()
+    return judge_from_env(os.path.join(config.out, "judge_cache"))
 
 
 def base_folder(config):
+    """The base model: --model, or the miniature world's."""
     return config.model or os.path.join(config.out, "base")
+
+
+def adapter_path(config, stage):
+    """Where a stage saves its adapter when it is finished."""
+    return Path(config.out) / stage / "adapter.safetensors"
 
 
 def load_policy(config, stages, device):
     """The base model with the adapters of finished `stages` merged into it, and its processor."""
     processor = data.load_processor(base_folder(config), config.min_pixels, config.max_pixels)
-    model = modeling.load_model(base_folder(config), getattr(torch, config.dtype), device)
+    policy = model.load_model(base_folder(config), getattr(torch, config.dtype), device)
+    merge_stages(config, policy, stages)
+    return policy, processor
+
+
+def merge_stages(config, policy, stages):
+    """Merge the adapters of finished stages into a base model, one after the other."""
     for stage in stages:
-        path = Path(config.out) / stage / "adapter.safetensors"
+        path = adapter_path(config, stage)
         if not path.exists():
-            raise StageError(f"{path} is missing: run `python safer.py {stage}` with the same flags first")
-        modeling.load_adapter(model, path)
-        modeling.merge_lora(model)
-    return model, processor
+            raise StageError(f"{path} is missing: run `python safer.py {stage}` first")
+        model.load_adapter(policy, path)
+        model.merge_lora(policy)
 
 
-def open_run(config, stage, records):
-    """Everything a stage needs, checked before the first step."""
-    device, folder = pick_device(config, int(os.environ.get("LOCAL_RANK", 0))), Path(config.out) / stage
-    rank, world = join_ranks(device)
-    share = config.grpo_update_batch if stage == "grpo" else getattr(config, f"{stage}_batch")
-    if share < world:
-        raise ConfigError(f"{stage}: {share} records per optimiser step for {world} ranks; every rank needs one")
-    before = config.stages.split(",")[: config.stages.split(",").index(stage)]
-    modes = getattr(config, f"{stage}_prompts").split(",")
-    processor = data.load_processor(base_folder(config), config.min_pixels, config.max_pixels)
-    if rank == 0:
-        check_settings(config, folder, stage)  # before the weights are loaded
-        if folder.exists():
-            lock_folder(folder)
-    longest, mean_image, max_image = data.check_lengths(records, modes, processor, config.max_prompt, config.max_response)
-    model, _ = load_policy(config, before, device)
-    if rank == 0:
-        lock_folder(folder)
-        save_config(config, folder, stage)
-        print(f"{stage}: {len(records)} records, longest prompt {longest} tokens, "
-              f"image tokens mean {mean_image:.0f} max {max_image}, {device}, {world} rank(s)")
-    modeling.attach_lora(model, config.lora_r, config.lora_alpha, config.seed)
-    parameters = modeling.lora_parameters(model)
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if trainable != set(parameters):
-        raise StageError(f"trainable tensors are not exactly the adapters: {sorted(trainable ^ set(parameters))[:4]}")
-    optimiser = torch.optim.AdamW(parameters.values(), lr=0.0, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
-    run = Run(config, stage, folder, model, processor, parameters, optimiser, device, rank, world)
-    run.base_sum = frozen_sum(model)
-    run.made_from = fingerprint(config, before, records) | {"base": run.base_sum}
-    if not config.resume and rank == 0:
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    if config.resume and (folder / "checkpoint.safetensors").exists():
-        run.first_step, run.checked = load_checkpoint(run), True
-        say(run, f"{stage}: going on after step {run.first_step}")
-    if rank == 0:
-        trim_logs(run)
-    run.micro_tokens = token_budget(run)
-    return run
+def weights_fingerprint(policy):
+    """Of the first values of every tensor: cheap, and the same on every device."""
+    values = []
+    for name, weight in policy.named_parameters():
+        values.append((name, weight.detach().flatten()[:8].float().tolist()))
+    return fingerprint(values)
+
+
+def adapter_fingerprint(path):
+    """Of an adapter file."""
+    return fingerprint(Path(path).read_bytes())
+
+
+def read_run(out, last=None):
+    """(Config, its finished stages) of a run folder, up to stage `last`: the last finished one.
+
+    `out` is the folder as it is named here: a run may have been moved. `device` is auto: this may
+    be another machine. Raises StageError where nothing is finished, or the settings are damaged.
+    """
+    finished = [stage for stage in STAGES if (Path(out) / stage / "adapter.safetensors").exists()]
+    if not finished or last not in (None, *finished):
+        names = ", ".join(finished) or "none"
+        raise StageError(f"{out}: {last or 'no stage'} is not finished (finished: {names})")
+    last = last or finished[-1]
+    path = Path(out) / last / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        settings.pop("JUDGE_MODEL", None)
+        config = Config(**settings | {"out": str(out), "device": "auto"})
+        stages = config.stages.split(",")
+        if check_config(config):
+            raise ValueError(check_config(config)[0])
+        return config, stages[: stages.index(last) + 1]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise StageError(f"{path}: damaged, or another program's ({error})") from error
 
 
 def lock_folder(folder):
-    """Make a stage's folder and hold <folder>/lock for the life of this process.
+    """Hold <folder>/lock for the life of this process. Raises StageError while another one does.
 
-    Raises StageError: who holds it, or that nothing can be written. A record lock belongs to the process and the system drops it however
-    that ends, so there is no stale lock to remove. The descriptor is never closed: closing any descriptor of the file would drop the lock.
+    The system drops the lock however a process ends. The descriptor is never closed: that would
+    drop it too.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise StageError(f"{folder}: cannot be written to ({error.strerror}); make it writable, or choose another --out") from error
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(Path(folder) / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # which of the two is the system's choice
-        holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        raise StageError(f"{folder}: process {holder} is training here; wait for it, stop it, or choose another --out") from error
-    except OSError as error:
-        print(f"{folder}: this file system has no locks ({error.strerror}); start no second run here")
-    os.truncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except (BlockingIOError, PermissionError):  # which of the two is the system's choice
+        message = "another process is at work here; wait for it, or choose another --out"
+        raise StageError(f"{folder}: {message}") from None
+    except OSError:
+        print(f"{folder}: this file system has no locks; start no second run here")
 
 
-def fingerprint(config, before, records):
-    """SHA-256 of what a stage starts from: its records (with the sizes of their images), and the adapters of the stages `before` it."""
-    rows = []
-    for item in records:
-        images = [(os.path.basename(path), os.path.getsize(path)) for path in item.images]
-        rows.append((item.id, item.question, item.plan, item.meta, item.texts, images))
-    contents = {"records": repr(rows).encode()}
-    contents |= {f"{name} adapter": (Path(config.out) / name / "adapter.safetensors").read_bytes() for name in before}
-    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+def open_run(config, stage, records):
+    """Everything a stage needs, checked before its first step -> Run."""
+    device = pick_device(config, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, world = join_ranks(device)
+    folder = Path(config.out) / stage
+    share = config.grpo_update_batch if stage == "grpo" else getattr(config, f"{stage}_batch")
+    if share < world:
+        raise ConfigError(f"{stage}: {share} records per optimizer step for {world} ranks")
+    if rank == 0:
+        open_folder(config, folder, stage)
+    policy, processor = load_policy(config, (), device)
+    modes = getattr(config, f"{stage}_prompts").split(",")
+    limits = (config.max_prompt, config.max_response)
+    longest, mean_image, max_image = data.check_lengths(records, modes, processor, *limits)
+    inputs = {"base": weights_fingerprint(policy), "records": data.records_fingerprint(records)}
+    before = config.stages.split(",")[: config.stages.split(",").index(stage)]
+    merge_stages(config, policy, before)
+    for name in before:
+        inputs[f"{name} adapter"] = adapter_fingerprint(adapter_path(config, name))
+    if rank == 0:
+        guard(folder, config, stage, inputs)
+    model.attach_lora(policy, config.lora_r, config.lora_alpha, config.seed)
+    parameters = model.lora_parameters(policy)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=config.weight_decay)
+    run = Run(
+        config, stage, folder, policy, processor, parameters, optimizer, device, rank, world
+    )
+    report(
+        run,
+        f"{stage}: {len(records)} records, longest prompt {longest} tokens, image tokens mean "
+        f"{mean_image:.0f} max {max_image}, {device}, {world} rank(s)",
+    )
+    load_checkpoint(run)
+    return run
 
 
-def frozen_sum(model):
-    """Sum over all frozen weights: the same before and after a step, to the last bit. In pieces: an embedding in float64 is gigabytes."""
-    return sum(part.double().sum().item() for w in model.parameters() if not w.requires_grad for part in w.detach().flatten().split(2**24))
+def open_folder(config, folder, stage):
+    """On the first rank, before the weights are loaded: lock the folder, clear what a kill has
+    left, see that the settings are those it was begun with."""
+    lock_folder(folder)
+    for rest in [*folder.glob("*.part"), *folder.glob(".tmp*")]:
+        rest.unlink()
+    if not config.resume:
+        for name in ("checkpoint.safetensors", "config.json"):
+            (folder / name).unlink(missing_ok=True)
+    guard(folder, config, stage, {}, write=False)
 
 
-def say(run, text):
+def report(run, text):
+    """Print on the first rank, without breaking the progress bar."""
     if run.rank == 0:
         tqdm.write(text)
 
 
-# ---- checkpoints and metrics ---------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def save_checkpoint(run, step):
-    """Adapter and optimiser state after `step` steps, in one file that appears whole or not at all; the one before stays until then.
-
-    Raises StageError when it cannot be written.
-    """
+    """Adapter and optimizer state after `step` steps, in one file that appears whole or not at all,
+    with the sizes of the logs, which are on the disk before it."""
     if run.rank:
         return
     tensors = {}
     for name, parameter in run.parameters.items():
-        tensors[f"adapter.{name}"] = parameter.detach().cpu().contiguous()
-        for key, value in run.optimiser.state[parameter].items():
-            tensors[f"optimiser.{name}.{key}"] = value.detach().cpu().contiguous()
-    about = json.dumps({"step": step, "made_from": run.made_from, "logs": run.logs})
-    for name in run.logs:  # what the checkpoint counts on is on the disk before it
-        sync(run.folder / name)
-    write_whole(run, "checkpoint.safetensors", lambda part: save_file(tensors, part, metadata={"about": about}))
-
-
-def write_whole(run, name, write):
-    """Call write(path of a part file), bring it to the disk and give it its name.
-
-    A kill or a power cut leaves the old file or the new one, whole. Raises StageError, with the old file as it was, when the disk is full
-    or read-only.
-    """
-    path, part = run.folder / name, run.folder / (name + ".part")
-    try:
-        write(part)
-        sync(part)
-        part.replace(path)
-        sync(run.folder)
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
-        clear_parts(run.folder)
-        raise disk_error(path, error) from error
-
-
-def sync(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def clear_parts(folder):
-    """Remove what an interrupted write has left: .part files, and the .tmp files that safetensors writes before those."""
-    for path in [*folder.glob("*.part"), *folder.glob(".tmp*")]:
-        path.unlink(missing_ok=True)
-
-
-def disk_error(path, error):
-    return StageError(f"{path}: cannot be written ({error}). The last checkpoint is as it was: make room, or the folder writable, "
-                      "and type the same command to go on")
+        tensors[f"{name} adapter"] = parameter.detach().cpu().contiguous()
+        for key, value in run.optimizer.state[parameter].items():
+            tensors[f"{name} {key}"] = value.cpu().contiguous()
+    sizes = {}
+    for path in [run.folder / name for name in LOGS if (run.folder / name).exists()]:
+        sync(path)
+        sizes[path.name] = path.stat().st_size
+    words = {"step": str(step), "sizes": json.dumps(sizes)}
+    path = run.folder / "checkpoint.safetensors"
+    write_whole(path, lambda part: save_file(tensors, part, metadata=words))
 
 
 def load_checkpoint(run):
-    """Restore what save_checkpoint wrote, and how far the logs had come. Returns the number of finished steps.
-
-    Raises StageError when the file is damaged, or was made from other records, another base or other adapters than are there now.
-    """
+    """Restore what save_checkpoint wrote, if it did, and cut the logs to what they were then: the
+    steps after it are done again, and each step is logged once."""
     path = run.folder / "checkpoint.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise StageError(f"{path}: cannot be read as a checkpoint ({error}); --resume 0 starts the stage again") from error
-    was, now = about["made_from"], run.made_from
-    changed = [name for name in now if name != "base" and was.get(name) != now[name]]
-    if not math.isclose(was["base"], now["base"], rel_tol=1e-6):  # another device sums in another order, another base is far off
-        changed.append("base")
-    if changed:
-        raise StageError(f"{path}: was trained from another {' and '.join(changed)} than there is now; put back what was there, "
-                         "or start the stage again with --resume 0")
-    for name, parameter in run.parameters.items():
-        parameter.data.copy_(tensors[f"adapter.{name}"])
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            state = tensors[f"optimiser.{name}.{key}"]
-            run.optimiser.state[parameter][key] = state if key == "step" else state.to(run.device)
-    run.logs = about["logs"]
-    return about["step"]
-
-
-def trim_logs(run):
-    """Cut what was written after the checkpoint: those steps will be done again, and every step stands in a log once, with no half line."""
-    clear_parts(run.folder)
+    sizes = {}
+    if run.config.resume and path.exists():
+        try:
+            with safe_open(path, "pt") as file:
+                words = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            run.first_step = int(words["step"])
+            sizes = json.loads(words["sizes"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise StageError(
+                f"{path}: cannot be read as a checkpoint ({error}); --resume 0 starts {run.stage} "
+                "again"
+            ) from error
+        for name, parameter in run.parameters.items():
+            parameter.data.copy_(tensors[f"{name} adapter"])
+            state = run.optimizer.state[parameter]
+            state["step"] = tensors[f"{name} step"]
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = tensors[f"{name} {key}"].to(run.device)
+        report(run, f"{run.stage}: going on after step {run.first_step}")
     for name in LOGS:
-        path, size = run.folder / name, run.logs.get(name, 0)
-        if path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
+        if run.rank == 0 and (run.folder / name).exists():
+            os.truncate(run.folder / name, sizes.get(name, 0))
 
 
-def append_log(run, name, text):
-    """Append text to one of LOGS on rank 0. Raises StageError when it cannot be written."""
-    if run.rank:
-        return
-    try:
-        with open(run.folder / name, "a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise disk_error(run.folder / name, error) from error
+# ---- metrics, ranks ------------------------------------------------------------------------------
 
 
-def add(run, **sums):
-    """Collect (numerator, denominator) pairs of this step; they are summed over micro-batches and ranks and divided once."""
-    for name, (numerator, denominator) in sums.items():
-        old = run.sums.get(name, (0.0, 0.0))
-        run.sums[name] = (old[0] + as_number(numerator), old[1] + as_number(denominator))
-
-
-def as_number(value):
-    """A tensor without its graph, or a number -> float."""
-    return value.item() if isinstance(value, torch.Tensor) else float(value)
+def gather(run, value):
+    """[value of rank 0, of rank 1, ...] on every rank."""
+    values = [value] * run.world
+    if run.world > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def total(run, value):
     """Sum of a number over all ranks."""
-    if run.world == 1:
-        return float(value)
-    tensor = torch.tensor(float(value), dtype=torch.float64, device=run.device)
-    dist.all_reduce(tensor)
-    return tensor.item()
+    return sum(gather(run, float(value)))
 
 
-def gather(run, value):
-    """[value of rank 0, of rank 1, ...] on every rank. The values travel as JSON: nothing is ever unpickled."""
-    if run.world == 1:
-        return [value]
-    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=run.device)
-    sizes = [torch.zeros(1, dtype=torch.long, device=run.device) for _ in range(run.world)]
-    dist.all_gather(sizes, torch.tensor([len(text)], device=run.device))
-    padded = torch.nn.functional.pad(text, (0, int(max(sizes)) - len(text)))  # all ranks send as much as the longest
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return [json.loads(bytes(part[:size].tolist())) for part, size in zip(parts, sizes)]
+def add(run, **sums):
+    """Collect (numerator, denominator) pairs of this step.
+
+    They are summed over micro-batches and ranks, and divided once, so a denominator of 1 on each
+    rank gives the mean over ranks.
+    """
+    for name, (numerator, denominator) in sums.items():
+        pair = run.sums.setdefault(name, [0.0, 0.0])
+        pair[0] += float(numerator)
+        pair[1] += float(denominator)
 
 
-def write_metrics(run, step, **extra):
-    """One line of metrics.jsonl, the end of a step. All ranks call it; rank 0 writes."""
-    sums = {}
-    for part in gather(run, run.sums):  # a rank without a scored sample lacks some names
-        for name, (numerator, denominator) in part.items():
-            old = sums.get(name, (0.0, 0.0))
-            sums[name] = (old[0] + numerator, old[1] + denominator)
-    means = {name: sums[name][0] / sums[name][1] if sums[name][1] else None for name in sorted(sums)}
-    row = {"step": step, "stage": run.stage} | means | extra
+def append_log(run, name, text):
+    """Append text to one of LOGS on the first rank."""
+    if run.rank == 0:
+        with open(run.folder / name, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def write_metrics(run, step, **values):
+    """One line of metrics.jsonl, the end of a step. All ranks call it; the first one writes."""
+    parts = gather(run, run.sums)
     run.sums = {}
+    for part in parts:  # a rank without a scored sample lacks some names
+        add(run, **part)
+    row = {"step": step, "stage": run.stage}
+    for name, (numerator, denominator) in sorted(run.sums.items()):
+        row[name] = numerator / denominator if denominator else None
+    run.sums = {}
+    row |= values
     append_log(run, "metrics.jsonl", json.dumps(row) + "\n")
-    run.logs = {name: (run.folder / name).stat().st_size for name in LOGS if (run.folder / name).exists()}
+    run.bar.set_postfix({name: f"{row[name]:.3g}" for name in SHOWN if row.get(name) is not None})
     return row
 
 
-# ---- one optimiser step --------------------------------------------------------------------------
+# ---- one optimizer step --------------------------------------------------------------------------
 
 
 def learning_rate(config, stage, step, steps):
-    """Rises linearly over the warm-up, then constant or half a cosine down to 0."""
-    peak, warmup = getattr(config, f"{stage}_lr"), math.ceil(getattr(config, f"{stage}_warmup") * steps)
+    """A linear rise over the warm-up, then half a cosine to 0; or --grpo_schedule constant."""
+    peak = getattr(config, f"{stage}_lr")
+    if stage == "grpo" and config.grpo_schedule == "constant":
+        return peak
+    warmup = math.ceil(config.warmup * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    if getattr(config, f"{stage}_schedule") == "constant":
-        return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def check_finite(run, step, loss, rows):
-    """After the backward pass of one micro-batch: note its records where the loss, or the gradient so far, is not finite.
-
-    Args: loss: scalar tensor; rows: ids of the micro-batch's records. Only notes them: one rank must not leave alone, so optimiser_step,
-    where all ranks meet, raises.
-    """
+def check_finite(run, loss, ids):
+    """Note the records of a micro-batch whose loss is not finite. optimizer_step, where all ranks
+    meet, raises: a rank that left alone would keep the others waiting."""
     if not math.isfinite(loss.item()):
-        run.suspects += [f"{row} (loss {loss.item()} in step {step})" for row in rows]
-    elif not run.suspects:  # once the gradient is spoilt it stays so
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in run.parameters.values() if parameter.grad is not None])
-        if not math.isfinite(norm.item()):
-            run.suspects += [f"{row} (gradient norm {norm.item()} in step {step})" for row in rows]
+        run.bad_records += [f"{name} (loss {loss.item()})" for name in ids]
 
 
-def optimiser_step(run, step, steps):
-    """All-reduce the gradients in one flat bucket, clip, step. Stops the run on a loss or gradient that is not finite."""
-    gradients = [parameter.grad if parameter.grad is not None else torch.zeros_like(parameter) for parameter in run.parameters.values()]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])  # (all adapter weights,)
+def optimizer_step(run, step, steps):
+    """All-reduce the gradients in one flat bucket, clip, step -> {grad_norm, lr}.
+
+    Raises StageError on a loss or gradient that is not finite, naming the records of the loss.
+    """
+    parameters = list(run.parameters.values())
+    pieces = []
+    for parameter in parameters:  # a rank without a scored sample has no gradient
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        pieces.append(gradient.flatten())
+    flat = torch.cat(pieces)  # (all adapter weights,)
     if run.world > 1:
         dist.all_reduce(flat)  # a sum: every rank divided by the global denominator
     norm = flat.norm().item()
-    if not math.isfinite(norm) or total(run, len(run.suspects)):
-        rows = sum(gather(run, run.suspects), [])
-        raise StageError(f"{run.stage}: the gradient norm of step {step} is {norm}" + (f", from records {', '.join(rows)}" if rows else "")
-                         + f"; the last checkpoint is untouched. Look at these records, or try a lower --{run.stage}_lr")
+    bad = sum(gather(run, run.bad_records), [])
+    if bad or not math.isfinite(norm):
+        records = f", from records {', '.join(bad)}" if bad else ""
+        raise StageError(
+            f"{run.stage}: the gradient norm of step {step} is {norm}{records}; the last checkpoint"
+            f" is untouched. Look at these records, or try a lower --{run.stage}_lr"
+        )
     flat *= min(1.0, run.config.max_grad_norm / (norm + 1e-6))
-    for parameter, piece in zip(run.parameters.values(), flat.split([p.numel() for p in run.parameters.values()])):
+    for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
         parameter.grad = piece.view_as(parameter)
     rate = learning_rate(run.config, run.stage, step, steps)
-    for group in run.optimiser.param_groups:
+    for group in run.optimizer.param_groups:
         group["lr"] = rate
-    run.optimiser.step()
-    run.optimiser.zero_grad(set_to_none=True)
-    if norm > 0 and not run.checked:
-        check_first_update(run)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     return {"grad_norm": norm, "lr": rate}
 
 
-def check_first_update(run):
-    """After the first update every B has moved and no frozen weight has."""
-    still = [name for name, parameter in run.parameters.items() if name.endswith(".B") and not parameter.detach().any()]
-    if still:
-        raise StageError(f"{len(still)} adapter B tensors got no gradient in the first step, {still[0]} among them")
-    if frozen_sum(run.model) != run.base_sum:
-        raise StageError("a frozen weight changed in the first step")
-    run.checked = True
-
-
 def token_logprobs(run, groups, features, temperature=1.0, entropy=False):
-    """model.token_logprobs with the run's settings; without shared prefixes every response is a group of its own."""
-    if not run.config.shared_prefix:
-        groups = [(prompt, [response]) for prompt, responses in groups for response in responses]
-    return modeling.token_logprobs(run.model, groups, features, temperature, run.config.logprob_chunk,
-                                   checkpoint=run.config.checkpointing and torch.is_grad_enabled(), entropy=entropy)
+    """model.token_logprobs, with --checkpointing where there is a backward pass."""
+    checkpoint = run.config.checkpointing and torch.is_grad_enabled()
+    return model.token_logprobs(run.model, groups, features, temperature, checkpoint, entropy)
 
 
 def encode_images(run, groups):
-    """Features of all images of these groups, each image once; every pad must find its feature."""
-    features = modeling.encode_images(run.model, [image for prompt, _ in groups for image in prompt.images], run.features)
-    pad = run.processor.special["<|image_pad|>"]
+    """{image key: features} of all images of these groups, each encoded once."""
+    if sum(part.nbytes for part in run.features.values()) > FEATURE_BYTES:
+        run.features = {}
     for prompt, _ in groups:
-        rows = sum(len(features[image.key]) for image in prompt.images)
-        if prompt.ids.count(pad) != rows:
-            raise StageError(f"{prompt.ids.count(pad)} image pads for {rows} features; images {[image.key for image in prompt.images]}")
-    return features
+        new = [image for image in prompt.images if image.key not in run.features]
+        run.features |= model.encode_images(run.model, new)
+    return run.features
 
 
-def token_budget(run):
-    """Packed tokens per micro-batch: --micro_tokens, or for 0 what 70% of the free CUDA memory holds by the shapes (ours; not measured).
-
-    Per token: with checkpointing each layer's input, else all it computes; and what one layer computes, twice, for its backward pass.
-    """
-    config, text = run.config, run.model.config.text_config
-    if config.micro_tokens or run.device.type != "cuda":
-        return config.micro_tokens or 4096
-    size, layer = run.model.dtype.itemsize, 12 * text.hidden_size + 5 * text.intermediate_size
-    kept = text.num_hidden_layers * (text.hidden_size if config.checkpointing else layer)
-    free = 0.7 * torch.cuda.mem_get_info()[0] - 16 * config.logprob_chunk * text.vocab_size  # four float32 copies of a chunk's logits
-    return max(1024, int(free / (size * (kept + 2 * layer))))
+# ---- the steps of a stage ------------------------------------------------------------------------
 
 
 def batch_at(records, step, batch, seed):
-    """The (record, epoch) pairs of one step: the data in a new order each epoch, without a gap between epochs."""
+    """The (record, epoch) pairs of one step: the data in a new order each epoch, without a gap."""
     picked = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, place = divmod(position, len(records))
@@ -459,7 +420,8 @@ def batch_at(records, step, batch, seed):
 @functools.lru_cache(4)
 def epoch_order(count, epoch, seed):
     """A permutation that depends on seed and epoch alone."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(stable_hash("order", seed, epoch))).tolist()
+    generator = torch.Generator().manual_seed(stable_hash("order", seed, epoch))
+    return torch.randperm(count, generator=generator).tolist()
 
 
 def stable_hash(*words):
@@ -468,43 +430,48 @@ def stable_hash(*words):
 
 
 def stage_steps(config, stage, count):
-    """Number of steps of a stage: --<stage>_steps, or what its epochs give; --max_steps ends it early."""
-    steps = getattr(config, f"{stage}_steps") or math.ceil(count * getattr(config, f"{stage}_epochs") / getattr(config, f"{stage}_batch"))
+    """Steps of a stage over `count` records: its epochs, or --grpo_steps; at most --max_steps."""
+    epochs = getattr(config, f"{stage}_epochs")
+    steps = math.ceil(count * epochs / getattr(config, f"{stage}_batch"))
+    if stage == "grpo":
+        steps = config.grpo_steps or steps
     return min(steps, config.max_steps or steps)
 
 
 def steps_of(run, steps):
-    """The steps still to do, with a progress bar on rank 0 and a checkpoint now and then; at the end the adapter is saved.
+    """The steps still to do, with a checkpoint now and then; at the end the adapter is saved.
 
-    SIGTERM and SIGINT let the running step finish, save, and leave with the exit status 128 + signal, as shells count: 143 or 130.
+    SIGTERM and SIGINT let the running step finish, save, and leave with the exit status 128 +
+    signal, as shells count: 143 or 130. So the command that would come next is not started.
     """
+
     def note(number, frame):
         run.stop = number
-        if run.rank == 0:  # os.write, since a signal may come in the middle of a print
-            os.write(2, f"\n{run.stage}: {signal.Signals(number).name}: will stop after this step; kill -9 stops at once\n".encode())
 
-    bar = tqdm(range(run.first_step, steps), initial=run.first_step, total=steps, desc=run.stage, disable=run.rank > 0, mininterval=1)
-    handlers, stop = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}, 0
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, note)
+    done = run.first_step
+    stop = 0
+    run.bar = tqdm(initial=done, total=steps, desc=run.stage, disable=run.rank > 0, mininterval=1)
     try:
-        for step in bar:
-            yield step, bar
-            stop = total(run, run.stop)  # a signal may have come to one rank only; all leave together
-            if step + 1 < steps and (stop or (step + 1) % SAVE_EVERY == 0):
-                save_checkpoint(run, step + 1)
-            if stop and step + 1 < steps:
-                leave(run, f"after step {step + 1} of {steps}, checkpoint saved")
-        if run.rank == 0:
-            write_whole(run, "adapter.safetensors", lambda part: modeling.save_adapter(run.model, part, dict(stage=run.stage, steps=steps)))
-            (run.folder / "checkpoint.safetensors").unlink(missing_ok=True)
-        if stop:
-            leave(run, "after its last step, adapter saved")
+        while done < steps and not stop:
+            yield done
+            done += 1
+            run.bar.update()
+            stop = max(gather(run, run.stop))  # it may have come to one rank only; all leave
+            if done < steps and (stop or done % SAVE_EVERY == 0):
+                save_checkpoint(run, done)
     finally:
+        run.bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def leave(run, where):
-    """End this process as a signal asked, with a sentence that says what to do."""
-    number = run.stop or signal.SIGTERM  # a rank that got none leaves as the others do
-    say(run, f"{run.stage}: stopped by {signal.Signals(number).name} {where}: type the same command to go on")
-    sys.exit(128 + number)
+    if done == steps and run.rank == 0:
+        metadata = {"stage": run.stage, "steps": steps}
+        model.save_adapter(run.model, run.folder / "adapter.safetensors", metadata)
+        (run.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    if stop:
+        name = signal.Signals(stop).name
+        where = f"after step {done} of {steps}"
+        report(run, f"{run.stage}: stopped by {name} {where}: type the same command to go on")
+        sys.exit(128 + stop)
