@@ -6,10 +6,9 @@ import pytest
 import torch
 from tiny_model import EOS, prompt, prompts, tiny_model, words
 
-import losses
-import model as modeling
+from losses import denominators, dpo_loss, group_advantages, grpo_loss, sequence_logprobs, sft_loss
+from model import attach_lora, encode_images, lora_parameters, token_logprobs
 
-LN2 = math.log(2)
 NAN = math.nan
 
 
@@ -17,207 +16,214 @@ def tensor(*rows):
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def grpo(logprobs, old, ref=None, advantages=(1.0,), mask=None, kl_coef=0.0, mean="token", denominator=1.0, **settings):
+def grpo(logprobs, old, ref=None, advantages=(1.0,), mask=None, **changes):
     """grpo_loss with the paper's clipping, and a full mask unless one is given."""
-    mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
-    dual_clip = settings.pop("dual_clip", 3.0)
-    advantages = torch.tensor(advantages)
-    return losses.grpo_loss(logprobs, old, ref, advantages, mask, 0.2, 0.3, dual_clip, kl_coef, mean, denominator, **settings)
+    settings = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0, "kl_coef": 0.0}
+    settings |= {"mean": "token", "denominator": 1.0} | changes
+    if mask is None:
+        mask = torch.ones_like(logprobs, dtype=torch.bool)
+    return grpo_loss(logprobs, old, ref, torch.tensor(advantages), mask, **settings)
 
 
-# ---- SFT and DPO ----------------------------------------------------------------------------------------------------------
+def ratios(*values):
+    """Log-probabilities (1, T) whose ratios to 0 are these."""
+    return tensor([math.log(value) for value in values])
+
+
+# ---- SFT and DPO ---------------------------------------------------------------------------------
 
 
 def test_sft_by_hand():
-    """Guards the denominator and the mask: (1 + 2 + 4) / 10, and padding that is not 0 is not read."""
-    logprobs, mask = tensor([-1, -2], [-4, -math.inf]), torch.tensor([[True, True], [True, False]])
-    assert losses.sft_loss(logprobs, mask, 10).item() == pytest.approx(0.7)
-    assert losses.sequence_logprobs(logprobs, mask).tolist() == [-3, -4]
-
-
-def test_dpo_starts_at_ln_2():
-    """Guards a wrong reference: equal policies give ln 2 a pair, no margin, no accuracy."""
-    chosen, rejected = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -1.0])
-    loss, metrics = losses.dpo_loss(chosen, rejected, chosen, rejected, 0.1, 0.0, 2)
-    assert loss.item() == pytest.approx(LN2)
-    assert metrics == {"chosen_reward": 0, "rejected_reward": 0, "margin": 0, "accuracy": 0}
+    """Guards the denominator and the mask: (1 + 2 + 4) / 10; padding that is not 0 is not read."""
+    logprobs = tensor([-1, -2], [-4, -math.inf])
+    mask = torch.tensor([[True, True], [True, False]])
+    assert sft_loss(logprobs, mask, 10).item() == pytest.approx(0.7)
+    assert sequence_logprobs(logprobs, mask).tolist() == [-3, -4]
 
 
 def test_dpo_by_hand():
-    """Guards signs: log-ratios +2 and -1, beta 0.5: rewards 1 and -0.5, margin 1.5; and a second pair the other way round."""
-    arguments = (torch.tensor([-3.0, -6.0]), torch.tensor([-5.0, -4.0]), torch.tensor([-5.0, -5.0]), torch.tensor([-4.0, -4.0]))
-    loss, metrics = losses.dpo_loss(*arguments, 0.5, 0.0, 4)
-    assert loss.item() == pytest.approx((math.log(1 + math.exp(-1.5)) + math.log(1 + math.exp(0.5))) / 4)
-    assert metrics == pytest.approx({"chosen_reward": 0.5, "rejected_reward": -0.5, "margin": 1.0, "accuracy": 1.0})
-    smooth, _ = losses.dpo_loss(*arguments, 0.5, 0.1, 4)
-    expected = sum(0.9 * math.log(1 + math.exp(-z)) + 0.1 * math.log(1 + math.exp(z)) for z in (1.5, -0.5)) / 4
-    assert smooth.item() == pytest.approx(expected)
+    """Guards signs. First pair: log-ratios +2 and -1, beta 0.5: rewards 1 and -0.5, margin 1.5.
+    Second: -1 and 0, margin -0.5. Third: policy = reference: ln 2, no margin, no accuracy."""
+    chosen = torch.tensor([-3.0, -6.0, -2.0])
+    rejected = torch.tensor([-5.0, -4.0, -9.0])
+    references = torch.tensor([-5.0, -5.0, -2.0]), torch.tensor([-4.0, -4.0, -9.0])
+    loss, metrics = dpo_loss(chosen, rejected, *references, 0.5, 4)
+    pairs = math.log(1 + math.exp(-1.5)), math.log(1 + math.exp(0.5)), math.log(2)
+    assert loss.item() == pytest.approx(sum(pairs) / 4)
+    assert metrics == pytest.approx(
+        {"chosen_reward": 0.5, "rejected_reward": -0.5, "margin": 1.0, "accuracy": 1.0}
+    )
 
 
 def test_dpo_gradient_by_hand():
-    """Guards the direction: d loss / d log pi(y_w) = -beta * sigmoid(-z), and the opposite for y_l."""
-    chosen, rejected = torch.tensor([-3.0], requires_grad=True), torch.tensor([-5.0], requires_grad=True)
-    losses.dpo_loss(chosen, rejected, torch.tensor([-5.0]), torch.tensor([-4.0]), 0.5, 0.0, 1)[0].backward()
+    """Guards the direction: -beta * sigmoid(-z) for the chosen, the opposite for the rejected."""
+    chosen = torch.tensor([-3.0], requires_grad=True)
+    rejected = torch.tensor([-5.0], requires_grad=True)
+    dpo_loss(chosen, rejected, torch.tensor([-5.0]), torch.tensor([-4.0]), 0.5, 1)[0].backward()
     assert chosen.grad.item() == pytest.approx(-0.5 / (1 + math.exp(1.5)))
     assert rejected.grad.item() == pytest.approx(0.5 / (1 + math.exp(1.5)))
 
 
-# ---- advantages -----------------------------------------------------------------------------------------------------------
+# ---- advantages ----------------------------------------------------------------------------------
 
 
 def test_advantages_by_hand():
-    """Guards the standard deviation: unbiased, sqrt(((-1)^2 + 0 + 1) / 2) = 1, not sqrt(2/3)."""
-    advantages, spread = losses.group_advantages(tensor([1, 2, 3], [0, 0, 3]), use_std=True)
-    torch.testing.assert_close(advantages, tensor([-1, 0, 1], [-1 / 3**0.5, -1 / 3**0.5, 2 / 3**0.5]), atol=1e-5, rtol=0)
+    """Guards the deviation: unbiased, sqrt(((-1)^2 + 0 + 1) / 2) = 1 and sqrt(3); not sqrt(2/3)."""
+    rewards = tensor([1, 2, 3], [0, 0, 3])
+    root = 3**-0.5
+    advantages, spread = group_advantages(rewards, use_std=True)
+    expected = tensor([-1, 0, 1], [-root, -root, 2 * root])
+    torch.testing.assert_close(advantages, expected, atol=1e-5, rtol=0)
     assert spread.tolist() == [True, True]
-    advantages, _ = losses.group_advantages(tensor([1, 2, 3], [0, 0, 3]), use_std=False)
-    assert advantages.tolist() == [[-1, 0, 1], [-1, -1, 2]]
+    assert group_advantages(rewards, use_std=False)[0].tolist() == [[-1, 0, 1], [-1, -1, 2]]
 
 
 def test_unscored_samples_are_left_out():
     """Guards a failed judge: mean and deviation over the scored samples only, 0 for the others."""
-    advantages, spread = losses.group_advantages(tensor([1, NAN, 3], [NAN, NAN, 2], [NAN, NAN, NAN]), use_std=True)
+    rewards = tensor([1, NAN, 3], [NAN, NAN, 2], [NAN, NAN, NAN])
+    advantages, spread = group_advantages(rewards, use_std=True)
     root = 2**-0.5
-    torch.testing.assert_close(advantages, tensor([-root, 0, root], [0, 0, 0], [0, 0, 0]), atol=1e-5, rtol=0)
+    expected = tensor([-root, 0, root], [0, 0, 0], [0, 0, 0])
+    torch.testing.assert_close(advantages, expected, atol=1e-5, rtol=0)
     assert spread.tolist() == [True, False, False]
 
 
 def test_equal_rewards_teach_nothing():
-    """Guards noise blown up by eps: rewards equal up to rounding (0.1 + 0.2 and 0.3) give exactly 0, a spread of 1e-3 does not."""
-    rewards = torch.tensor([[0.1 + 0.2, 0.3, 0.3], [0.7, 0.7, 0.7], [0.5, 0.501, 0.5]], dtype=torch.float64)
-    advantages, spread = losses.group_advantages(rewards, use_std=True)
+    """Guards noise blown up by eps: 0.1 + 0.2 and 0.3 give exactly 0; a spread of 1e-3 counts."""
+    rows = [[0.1 + 0.2, 0.3, 0.3], [0.7, 0.7, 0.7], [0.5, 0.501, 0.5]]
+    rewards = torch.tensor(rows, dtype=torch.float64)
+    advantages, spread = group_advantages(rewards, use_std=True)
     assert spread.tolist() == [False, False, True]
-    assert (advantages[:2] == 0).all() and advantages[2, 1] > 1
+    assert (advantages[:2] == 0).all()
+    assert advantages[2, 1] > 1
 
 
-# ---- GRPO -----------------------------------------------------------------------------------------------------------------
+# ---- GRPO ----------------------------------------------------------------------------------------
 
 
-def test_clipping_by_hand():
-    """Guards the two bounds: A > 0 is clipped above 1.3, A < 0 below 0.8; the other sides are not clipped."""
-    ratios = [0.5, 1.1, 2.0]
-    logprobs = tensor([math.log(ratio) for ratio in ratios])
-    loss, metrics = grpo(logprobs, torch.zeros(1, 3), advantages=(2.0,))
-    assert loss.item() == pytest.approx(-2 * (0.5 + 1.1 + 1.3))
-    assert (metrics["clip_low_count"], metrics["clip_high_count"], metrics["tokens"]) == (0, 1, 3)
-    loss, metrics = grpo(logprobs, torch.zeros(1, 3), advantages=(-2.0,))
-    assert loss.item() == pytest.approx(2 * (0.8 + 1.1 + 2.0))
-    assert (metrics["clip_low_count"], metrics["clip_high_count"], metrics["dual_clip_count"]) == (1, 0, 0)
+@pytest.mark.parametrize(
+    "values, advantage, dual_clip, gain, counts",
+    [
+        ((0.5, 1.1, 2.0), 2.0, 3.0, 2 * (0.5 + 1.1 + 1.3), (0, 1, 0)),  # clipped above 1.3
+        ((0.5, 1.1, 2.0), -2.0, 3.0, -2 * (0.8 + 1.1 + 2.0), (1, 0, 0)),  # clipped below 0.8
+        ((10, 2), -1.0, 3.0, -(3 + 2), (0, 0, 1)),  # a ratio of 10 counts as 3 ...
+        ((10, 2), -1.0, None, -(10 + 2), (0, 0, 0)),  # ... not without the dual clip
+        ((10, 2), 1.0, 3.0, 1.3 + 1.3, (0, 2, 0)),  # ... and not where A > 0
+    ],
+)
+def test_clipping_by_hand(values, advantage, dual_clip, gain, counts):
+    """Guards each bound on its own side, and that it is counted there."""
+    logprobs = ratios(*values)
+    zeros = torch.zeros_like(logprobs)
+    loss, metrics = grpo(logprobs, zeros, advantages=(advantage,), dual_clip=dual_clip)
+    assert loss.item() == pytest.approx(-gain)
+    names = ("clip_low_share", "clip_high_share", "dual_clip_share")
+    assert tuple(metrics[name] for name in names) == counts
+    assert metrics["tokens"] == len(values)
 
 
-def test_dual_clip_by_hand():
-    """Guards an unbounded loss at A < 0: a ratio of 10 counts as 3, and only then; without the bound it counts in full."""
-    logprobs = tensor([math.log(10), math.log(2)])
-    loss, metrics = grpo(logprobs, torch.zeros(1, 2), advantages=(-1.0,))
-    assert loss.item() == pytest.approx(3 + 2) and metrics["dual_clip_count"] == 1
-    loss, metrics = grpo(logprobs, torch.zeros(1, 2), advantages=(-1.0,), dual_clip=None)
-    assert loss.item() == pytest.approx(10 + 2) and metrics["dual_clip_count"] == 0
-    loss, metrics = grpo(logprobs, torch.zeros(1, 2), advantages=(1.0,))
-    assert loss.item() == pytest.approx(-1.3 - 1.3) and metrics["dual_clip_count"] == 0
-
-
-def test_clipped_tokens_have_no_gradient():
-    """Guards a clamp on the wrong side: on policy d loss / d log pi = -A; beyond a bound 0."""
-    logprobs = tensor([0.0, math.log(2), math.log(0.5)]).requires_grad_(True)
-    grpo(logprobs, torch.zeros(1, 3), advantages=(1.0,))[0].backward()
+def test_gradient_by_hand():
+    """Guards a clamp on the wrong side, and old log-probabilities with a graph: -A * ratio within
+    the bounds, so -A on policy; 0 beyond them."""
+    logprobs = ratios(1, 2, 0.5).requires_grad_(True)
+    grpo(logprobs, torch.zeros(1, 3))[0].backward()
     assert logprobs.grad[0].tolist() == pytest.approx([-1, 0, -0.5])
 
 
-def test_on_policy_loss_is_minus_the_advantage():
-    """Guards old log-probabilities with a graph: value -A per token, gradient -A per token."""
-    logprobs = tensor([-1.0, -2.0]).requires_grad_(True)
-    loss, _ = grpo(logprobs, logprobs.detach(), advantages=(0.5,))
-    loss.backward()
-    assert loss.item() == pytest.approx(-1.0) and logprobs.grad[0].tolist() == pytest.approx([-0.5, -0.5])
-
-
 def test_k3_by_hand():
-    """Guards the estimator's direction: exp(ref - pi) - (ref - pi) - 1, gradient (1 - exp(ref - pi)); 0 where equal."""
+    """Guards the direction: exp(ref - pi) - (ref - pi) - 1, gradient 1 - exp(ref - pi)."""
     logprobs = tensor([-1.0, -2.0]).requires_grad_(True)
-    loss, metrics = grpo(logprobs, logprobs.detach(), ref=tensor([-1.0, -1.5]), advantages=(0.0,), kl_coef=0.1)
+    reference = tensor([-1.0, -1.5])
+    loss, metrics = grpo(logprobs, logprobs.detach(), reference, (0.0,), kl_coef=0.1)
     loss.backward()
-    expected = math.exp(0.5) - 0.5 - 1
-    assert loss.item() == pytest.approx(0.1 * expected) and metrics["kl_sum"] == pytest.approx(expected)
+    k3 = math.exp(0.5) - 0.5 - 1
+    assert loss.item() == pytest.approx(0.1 * k3)
+    assert metrics["kl"] == pytest.approx(k3)
     assert logprobs.grad[0].tolist() == pytest.approx([0, 0.1 * (1 - math.exp(0.5))])
 
 
 def test_huge_ratios_are_clamped_before_exp_and_counted():
-    """Guards NaN gradients: log-ratios of 500 stay finite, in loss and gradient, and two tokens are counted."""
+    """Guards NaN gradients: log-ratios of 500 stay finite; two of three tokens are counted."""
     logprobs = tensor([0.0, -500.0, -1.0]).requires_grad_(True)
-    loss, metrics = grpo(logprobs, tensor([-500.0, 0.0, -1.0]), ref=tensor([0.0, 0.0, -1.0]), advantages=(-1.0,), kl_coef=0.01)
+    old = tensor([-500.0, 0.0, -1.0])
+    loss, metrics = grpo(logprobs, old, tensor([0.0, 0.0, -1.0]), (-1.0,), kl_coef=0.01)
     loss.backward()
-    assert loss.isfinite() and logprobs.grad.isfinite().all() and metrics["clamped"] == 2
+    assert loss.isfinite() and logprobs.grad.isfinite().all()
+    assert metrics["clamped"] == 2
 
 
-def test_the_three_means_by_hand():
-    """Guards averages of averages: token losses 1, 1 (first) and 1, 1, 1, 1 (second) with advantages -1 and -4, by each mean."""
+@pytest.mark.parametrize(
+    "mean, expected",
+    [("token", (2 + 16) / 6), ("sequence", (1 + 4) / 2), ("constant", (2 + 16) / 8 / 2)],
+)
+def test_the_three_means_by_hand(mean, expected):
+    """Guards averages of averages: token losses 1, 1 and 4, 4, 4, 4."""
     mask = torch.tensor([[True, True, False, False], [True] * 4])
     zeros = torch.zeros(2, 4)
-    counts = losses.denominators([2, 4])
-    assert counts == {"token": 6, "sequence": 2, "constant": 2}
-    values = {mean: grpo(zeros, zeros, None, (-1.0, -4.0), mask, mean=mean, denominator=counts[mean], constant_length=8)[0].item()
-              for mean in ("token", "sequence", "constant")}
-    assert values == pytest.approx({"token": (2 + 16) / 6, "sequence": (1 + 4) / 2, "constant": (2 + 16) / 8 / 2})
+    divisor = denominators([2, 4])[mean]
+    settings = {"mean": mean, "denominator": divisor, "constant_length": 8}
+    loss, _ = grpo(zeros, zeros, None, (-1.0, -4.0), mask, **settings)
+    assert loss.item() == pytest.approx(expected)
 
 
-def test_bad_arguments_are_named():
-    """Guards a silent fallback: an unknown mean, a missing reference, a missing length."""
-    zeros = torch.zeros(1, 2)
-    faults = (({"mean": "tokens"}, "expected token"), ({"kl_coef": 0.1}, "no reference"), ({"mean": "constant"}, "constant_length"))
-    for settings, message in faults:
-        with pytest.raises(ValueError, match=message):
-            grpo(zeros, zeros, **settings)
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"mean": "tokens"}, "expected token"),
+        ({"kl_coef": 0.1}, "no reference"),
+        ({"mean": "constant"}, "constant_length"),
+    ],
+)
+def test_bad_arguments_are_named(settings, message):
+    """Guards a silent fallback."""
+    with pytest.raises(ValueError, match=message):
+        grpo(torch.zeros(1, 2), torch.zeros(1, 2), **settings)
 
 
-def test_padding_is_never_read():
+@pytest.mark.parametrize("mean", ["token", "sequence", "constant"])
+def test_padding_is_never_read(mean):
     """Guards masks: NaN beyond a response's end changes neither loss, gradient nor metrics."""
+    clean = [tensor([-1.0, -2.0]), tensor([-1.5, -2.0]), tensor([-1.0, -1.0])]
+    dirty = [torch.cat([rows, tensor([NAN])], dim=1) for rows in clean]
+    dirty[0].requires_grad_(True)
     mask = torch.tensor([[True, True, False]])
-    dirty = tensor([-1.0, -2.0, NAN]).requires_grad_(True)
-    loss, metrics = grpo(dirty, tensor([-1.5, -2.0, NAN]), tensor([-1.0, -1.0, NAN]), (1.0,), mask, 0.1)
-    clean, expected = grpo(tensor([-1.0, -2.0]), tensor([-1.5, -2.0]), tensor([-1.0, -1.0]), (1.0,), None, 0.1)
+    settings = {"kl_coef": 0.1, "mean": mean, "constant_length": 8}
+    loss, metrics = grpo(*dirty, mask=mask, **settings)
+    expected, expected_metrics = grpo(*clean, **settings)
     loss.backward()
-    assert loss.item() == pytest.approx(clean.item()) and metrics == pytest.approx(expected)
-    assert dirty.grad[0, 2] == 0 and dirty.grad.isfinite().all()
+    assert loss.item() == pytest.approx(expected.item())
+    assert metrics == pytest.approx(expected_metrics)
+    assert dirty[0].grad[0, 2] == 0 and dirty[0].grad.isfinite().all()
 
 
-def test_inputs_are_left_as_they_are():
-    """Guards in-place edits: every tensor is the same after each function."""
-    generator = torch.Generator().manual_seed(0)
-    logprobs, old, ref = (-torch.rand(2, 3, generator=generator) for _ in range(3))
-    rewards, mask = torch.rand(2, 3, generator=generator), torch.tensor([[True, True, False], [True] * 3])
-    inputs = [logprobs, old, ref, rewards, mask]
-    before = [value.clone() for value in inputs]
-    losses.sft_loss(logprobs, mask, 5)
-    losses.dpo_loss(*logprobs, *old, 0.1, 0.1, 3)
-    losses.group_advantages(rewards, True)
-    losses.grpo_loss(logprobs, old, ref, rewards[:, 0], mask, 0.2, 0.3, 3.0, 0.1, "sequence", 2)
-    assert all(torch.equal(now, then) for now, then in zip(inputs, before))
-
-
-# ---- micro-batches ----------------------------------------------------------------------------------------------------------
+# ---- micro-batches -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mean", ["token", "sequence", "constant"])
 def test_micro_batches_do_not_change_a_gradient(mean):
-    """Guards per-micro-batch means: 1, 2 and 4 micro-batches of unlike lengths give one gradient of the adapters, through the model."""
+    """Guards means per micro-batch: 1, 2 and 4 of unlike lengths give the adapters one gradient."""
     model = tiny_model()
-    modeling.attach_lora(model, 4, 8, 0)
+    attach_lora(model, 4, 8, 0)
     items = prompts() + [prompt(8, 20)]
-    features = modeling.encode_images(model, [picture for item in items for picture in item.images])
-    groups = [(item, [words(3 + 5 * g, g) + [EOS], words(2, g + 9)]) for g, item in enumerate(items)]
-    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.3, -0.3]).view(4, 2)
-    counts = losses.denominators([len(response) for _, responses in groups for response in responses])
+    features = encode_images(model, items[1].images + items[2].images)
+    groups = []
+    for g, item in enumerate(items):
+        groups.append((item, [words(3 + 5 * g, g) + [EOS], words(2, g + 9)]))
+    advantages = torch.tensor([[1.0, -1.0], [0.5, -0.5], [2.0, -2.0], [0.3, -0.3]])
+    divisor = denominators([4, 2, 9, 2, 14, 2, 19, 2])[mean]
+    settings = {"mean": mean, "denominator": divisor, "constant_length": 32, "kl_coef": 0.01}
+    parameters = lora_parameters(model).values()
 
     def gradient(split):
-        for parameter in modeling.lora_parameters(model).values():
+        for parameter in parameters:
             parameter.grad = None
         for rows in split:
-            logprobs, mask = modeling.token_logprobs(model, [groups[row] for row in rows], features)
+            logprobs, mask = token_logprobs(model, [groups[row] for row in rows], features)
             old = logprobs.detach() + 0.1
-            loss, _ = losses.grpo_loss(logprobs, old, old, advantages[rows].flatten(), mask, 0.2, 0.3, 3.0, 0.01, mean, counts[mean], 32)
-            loss.backward()
-        return torch.cat([parameter.grad.flatten() for parameter in modeling.lora_parameters(model).values()])
+            weights = advantages[rows].flatten().tolist()
+            grpo(logprobs, old, old, weights, mask, **settings)[0].backward()
+        return torch.cat([parameter.grad.flatten() for parameter in parameters])
 
     whole = gradient([[0, 1, 2, 3]])
     for split in ([[3, 1], [0, 2]], [[0], [1], [2], [3]]):
-        assert ((gradient(split) - whole).norm() / whole.norm()).item() < 1e-5
+        assert (gradient(split) - whole).norm() < 1e-5 * whole.norm()

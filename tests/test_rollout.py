@@ -1,130 +1,189 @@
-"""rollout.py: its samples, their log-probabilities and their distribution, against the trainer's and transformers' own."""
+"""rollout.py's samples, their log-probabilities and distribution, against the trainer's and
+transformers' own."""
 
 import pytest
 import torch
-from tiny_model import BANNED, EOS, IMAGE, prompt, prompts, reference_logits, tiny_model, words
+from tiny_model import BANNED, EOS, IMAGE, pictures_of, prompt, prompts, reference_logits
+from tiny_model import tiny_model, words
 
-import model as modeling
 import rollout
+from data import Prompt
+from model import adapters_off, attach_lora, encode_images, lora_layers, lora_parameters
+from model import token_logprobs
 
 
-def stopping_model(bias=3.5, seed=0, dtype=torch.float32):
-    """A tiny model that ends its responses: lm_head's bias makes the end of turn likely. Also likely, were they allowed: vision tokens."""
-    model = tiny_model(seed, dtype)
+def stopping_model(bias=3.5, dtype=torch.float32):
+    """A tiny model that likes to end its responses, and likes vision tokens even more."""
+    model = tiny_model(dtype=dtype)
     head = torch.zeros(model.lm_head.out_features, dtype=dtype)
-    head[EOS], head[BANNED] = bias, 8.0
+    head[EOS] = bias
+    head[BANNED] = 8.0
     model.lm_head.bias = torch.nn.Parameter(head, requires_grad=False)
     return model
-
-
-def draw(model, items, k=4, max_tokens=24, temperature=1.0, seeds=None, **settings):
-    features = modeling.encode_images(model, [picture for item in items for picture in item.images])
-    seeds = list(range(len(items))) if seeds is None else seeds
-    return rollout.sample(model, items, features, k, max_tokens, temperature, EOS, seeds, **settings), features
-
-
-def check_against_trainer(model, items, samples, features, temperature=1.0, limit=1e-5):
-    """Every sample's log-probabilities equal token_logprobs of its tokens."""
-    groups = [(item, [one.tokens for one in row]) for item, row in zip(items, samples)]
-    logprobs, mask = modeling.token_logprobs(model, groups, features, temperature)
-    for row, one in enumerate(one for group in samples for one in group):
-        assert mask[row].sum() == len(one.tokens) == len(one.logprobs)
-        assert (logprobs[row, :len(one.tokens)] - torch.tensor(one.logprobs)).abs().max() < limit
 
 
 def many_prompts():
     return prompts() + [prompt(seed, 3 + 2 * seed) for seed in range(4, 11)]
 
 
+def draw(model, items, k=4, max_tokens=24, temperature=1.0, seeds=None, **settings):
+    """(samples, features); prompt number i has seed i unless others are given."""
+    pictures = []
+    for item in items:
+        pictures += item.images
+    features = encode_images(model, pictures)
+    seeds = range(len(items)) if seeds is None else seeds
+    arguments = (k, max_tokens, temperature, EOS, list(seeds))
+    return rollout.sample(model, items, features, *arguments, **settings), features
+
+
+def tokens_of(samples):
+    return [[one.tokens for one in row] for row in samples]
+
+
+def check_against_trainer(model, items, samples, features, temperature=1.0, limit=1e-5):
+    """Every sample's log-probabilities equal token_logprobs of its tokens."""
+    groups = list(zip(items, tokens_of(samples)))
+    logprobs, mask = token_logprobs(model, groups, features, temperature)
+    expected = []
+    for row in samples:
+        for one in row:
+            expected += one.logprobs
+    assert len(expected) == mask.sum()
+    assert (logprobs[mask] - torch.tensor(expected)).abs().max() < limit
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 def test_logprobs_equal_the_trainers(temperature):
-    """Guards the cache (cached = uncached), rotary positions in decoding, the temperature, and rows that move as others finish."""
+    """Guards the cache, rotary positions in decoding, the temperature, and rows that take another
+    sample or move as others end."""
     model, items = stopping_model(), many_prompts()
     samples, features = draw(model, items, k=5, temperature=temperature, max_rows=13)
-    lengths = {len(one.tokens) for row in samples for one in row}
+    lengths = set()
+    for row in samples:
+        lengths.update(len(one.tokens) for one in row)
     assert len(lengths) > 10 and 24 in lengths  # of all kinds, some cut
     check_against_trainer(model, items, samples, features, temperature)
 
 
+def test_bfloat16_stays_near_the_trainer():
+    """Guards dtype mixing in the cache: in bfloat16 sampler and trainer differ by rounding only."""
+    model, items = stopping_model(dtype=torch.bfloat16), prompts()
+    samples, features = draw(model, items)
+    check_against_trainer(model, items, samples, features, limit=0.3)
+
+
 def test_unmerged_adapters_reach_the_sampler():
-    """Guards a sampler that runs the base: with an adapter other tokens come, and their log-probabilities are still the trainer's."""
+    """Guards a sampler that runs the base, and a trainer left with the sampler's cast adapters:
+    they are constants, so nothing would train."""
     model, items = stopping_model(), prompts()
     before, _ = draw(model, items)
-    modeling.attach_lora(model, 4, 8, 0)
-    with torch.no_grad():
-        for name, parameter in modeling.lora_parameters(model).items():
-            if name.endswith(".B"):
-                parameter.normal_(std=0.2)
+    attach_lora(model, 4, 8, 0)
+    generator = torch.Generator().manual_seed(1)
+    for layer in lora_layers(model).values():
+        layer.B.data = 0.2 * torch.randn(layer.B.shape, generator=generator)
     samples, features = draw(model, items)
-    assert samples != before
+    assert tokens_of(samples) != tokens_of(before)
     check_against_trainer(model, items, samples, features)
-    with modeling.adapters_off(model):
+    with adapters_off(model):
         assert draw(model, items)[0] == before
+    token_logprobs(model, [(items[0], [words(5, 1)])], features)[0].sum().backward()
+    assert all(parameter.grad.norm() > 0 for parameter in lora_parameters(model).values())
 
 
-def test_the_same_samples_for_any_batch():
-    """Guards draws that depend on the neighbours: any number of rows, any order of prompts, any one alone, an empty slot or a full one."""
+def test_the_same_samples_for_any_batch(monkeypatch):
+    """Guards draws that depend on the neighbors: any number of rows, fewer samples, another order
+    of prompts, one alone, prompts prefilled one at a time."""
     model, items = stopping_model(), many_prompts()
-    tokens = [[one.tokens for one in row] for row in draw(model, items)[0]]
-    for max_rows in (1, 3, 7, 40):
-        assert [[one.tokens for one in row] for row in draw(model, items, max_rows=max_rows)[0]] == tokens
-    backwards, _ = draw(model, items[::-1], seeds=list(range(len(items)))[::-1], max_rows=6)
-    assert [[one.tokens for one in row] for row in backwards[::-1]] == tokens
-    alone, _ = draw(model, items[2:3], seeds=[2])
-    assert [one.tokens for one in alone[0]] == tokens[2]
-    fewer, _ = draw(model, items, k=2)
-    assert [[one.tokens for one in row] for row in fewer] == [row[:2] for row in tokens]
-    assert [[one.tokens for one in row] for row in draw(model, items, seeds=list(range(1, 11)))[0]] != tokens
+    expected = tokens_of(draw(model, items)[0])
+    for max_rows in (1, 7, 40):
+        assert tokens_of(draw(model, items, max_rows=max_rows)[0]) == expected
+    assert tokens_of(draw(model, items, k=2)[0]) == [row[:2] for row in expected]
+    backwards, _ = draw(model, items[::-1], seeds=range(9, -1, -1), max_rows=6)
+    assert tokens_of(backwards)[::-1] == expected
+    assert tokens_of(draw(model, items[2:3], seeds=[2])[0]) == expected[2:3]
+    assert tokens_of(draw(model, items, seeds=range(1, 11))[0]) != expected
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 1)
+    assert tokens_of(draw(model, items)[0]) == expected
 
 
-def test_fixed_shapes_change_nothing():
-    """Guards the shapes that a CUDA graph needs: rows and slots that are dead must not touch live ones, nor leave NaN behind."""
+def test_fixed_shapes_change_nothing(monkeypatch):
+    """Guards what a CUDA graph needs: rows that have ended touch no living one and leave no NaN,
+    whatever number of cache entries is looked at; and a step looks at few kinds of them."""
     model, items = stopping_model(), many_prompts()
     free, _ = draw(model, items)
-    fixed, _ = draw(model, items, max_rows=5, fixed=True)
-    for mine, theirs in zip(free, fixed):
-        assert [sample.tokens for sample in mine] == [sample.tokens for sample in theirs]
-        for one, other in zip(mine, theirs):
-            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    monkeypatch.setattr(rollout, "STRIDE", 8)
+    decode, seen = rollout.decode, set()
+
+    def spy(model, rows, longest):
+        seen.add((len(rows.lengths), longest))
+        return decode(model, rows, longest)
+
+    monkeypatch.setattr(rollout, "decode", spy)
+    fixed, features = draw(model, items, max_rows=5, fixed=True)
+    assert tokens_of(fixed) == tokens_of(free)
+    check_against_trainer(model, items, fixed, features)
+    entries = max(len(item.ids) for item in items) + 24
+    assert seen <= {(5, 8), (5, 16), (5, 32), (5, entries)} and len(seen) > 1
 
 
-def test_small_prefills(monkeypatch):
-    """Guards prompts prefilled in several batches: the same samples when only one fits at a time."""
-    model, items = stopping_model(), many_prompts()
-    expected, _ = draw(model, items)
-    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 1)
-    got, _ = draw(model, items)
-    assert [[one.tokens for one in row] for row in got] == [[one.tokens for one in row] for row in expected]
+def test_decoding_asks_the_device_for_nothing():
+    """Guards the CUDA graph on a machine without one, where a value that was asked for would be
+    that of the capture at every replay: tensors on the meta device have none to give."""
+    model = stopping_model()
+    attach_lora(model, 4, 8, 0)
+    model.to("meta")
+    rows = rollout.new_rows(model, 3, 40, 24)
+    with torch.inference_mode():
+        hidden = rollout.decode(model, rows, 32)
+    assert hidden.is_meta and hidden.shape == (3, 64)
+
+
+def test_decoding_writes_one_entry():
+    """Guards the picture: a token's keys and values go to its row's entry `lengths`, in every
+    layer, and nowhere else."""
+    model = stopping_model()
+    rows = rollout.new_rows(model, 3, 40, 24)
+    rows.lengths += torch.tensor([4, 9, 30])
+    with torch.inference_mode():
+        rollout.decode(model, rows, 32)
+    written = (rows.cache != 0).any(dim=3).any(dim=-1)  # (L, 2, n, X)
+    for row, length in enumerate([4, 9, 30]):
+        assert written[:, :, row].nonzero()[:, 2].tolist() == [length] * 4
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-4])
 def test_cold_samples_are_greedy(temperature):
-    """Guards the whole loop against transformers' generate, with 0, 1 and 2 images, vision tokens suppressed there too."""
+    """Guards the whole loop against transformers' generate, with 0, 1 and 2 images."""
     model, items = stopping_model(bias=2.0), prompts()
     samples, _ = draw(model, items, k=2, max_tokens=12, temperature=temperature)
     for item, row in zip(items, samples):
         ids = torch.tensor([item.ids])
-        inputs = {}
-        if item.images:
-            inputs = {"pixel_values": torch.cat([picture.patches for picture in item.images]),
-                      "image_grid_thw": torch.tensor([picture.grid for picture in item.images])}
         model.model.rope_deltas = None
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(), max_new_tokens=12,
-                             do_sample=False, suppress_tokens=BANNED, eos_token_id=EOS, pad_token_id=EOS, **inputs)
-        out = out[0, len(item.ids):].tolist()
-        expected = out[:out.index(EOS) + 1] if EOS in out else out
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == IMAGE).int(),
+            max_new_tokens=12,
+            do_sample=False,
+            suppress_tokens=BANNED,
+            eos_token_id=EOS,
+            pad_token_id=EOS,
+            **pictures_of(item),
+        )
+        expected = out[0, len(item.ids) :].tolist()
         assert [one.tokens for one in row] == [expected, expected]
-        assert all(one.finished == (expected[-1] == EOS) for one in row)
 
 
 def test_first_tokens_follow_the_distribution():
-    """Guards a biased draw: chi-square of 20,000 first tokens against transformers' probabilities at temperature 1.3.
-
-    Cells expecting under 5 are joined; the bound is the 99.9% point by Wilson and Hilferty's cube-root formula.
-    """
+    """Guards a biased draw: chi-square of 20,000 first tokens against transformers' probabilities
+    at temperature 1.3. Cells expecting under 5 are joined; the bound is the 99.9% point by Wilson
+    and Hilferty's cube-root formula."""
     model, item = tiny_model(), prompts()[1]
-    samples, _ = draw(model, [item], k=20_000, max_tokens=1, temperature=1.3, max_rows=4096)
-    counts = torch.bincount(torch.tensor([one.tokens[0] for one in samples[0]]), minlength=300).double()
+    settings = {"k": 20_000, "max_tokens": 1, "temperature": 1.3, "max_rows": 4096}
+    samples, _ = draw(model, [item], **settings)
+    first = torch.tensor([one.tokens[0] for one in samples[0]])
+    counts = torch.bincount(first, minlength=300).double()
     logits = reference_logits(model, item, []).double()[-1] / 1.3
     logits[BANNED] = -torch.inf
     expected = logits.softmax(0) * 20_000
@@ -138,66 +197,57 @@ def test_first_tokens_follow_the_distribution():
 
 
 def test_samples_of_a_flat_distribution_differ():
-    """Guards one random stream for all: 8 samples of 6 near-uniform tokens are 8 different ones, under two seeds."""
+    """Guards one random stream for all: 8 samples of 6 near-uniform tokens, under two seeds."""
     model = tiny_model()
     model.lm_head.weight.zero_()
     samples, _ = draw(model, [prompt(1), prompt(1)], k=8, max_tokens=6)
     assert len({tuple(one.tokens) for row in samples for one in row}) == 16
 
 
-def test_vision_tokens_are_never_sampled():
-    """Guards the crash hours later: the model wants vision tokens most of all and none comes; greedy neither."""
-    model = stopping_model()
-    for temperature in (0.0, 1.0, 5.0):
-        samples, _ = draw(model, prompts(), k=20, temperature=temperature)
-        assert not any(set(BANNED) & set(one.tokens) for row in samples for one in row)
-
-
-def test_ends():
-    """Guards the end of turn: it is the last token and only there, `finished` says so, and a cut response has max_tokens."""
-    samples, _ = draw(stopping_model(), many_prompts(), k=6, max_tokens=10)
-    ends = [one for row in samples for one in row]
-    assert {one.finished for one in ends} == {True, False}
-    for one in ends:
-        assert EOS not in one.tokens[:-1]
-        assert one.finished == (one.tokens[-1] == EOS)
-        assert one.finished or len(one.tokens) == 10
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+def test_ends(temperature):
+    """Guards the end of turn: the last token and only there, `finished` says so, and a response
+    that is cut has max_tokens; and the vision tokens that this model wants most: none comes."""
+    samples, _ = draw(stopping_model(), many_prompts(), k=6, max_tokens=10, temperature=temperature)
+    for row in samples:
+        for one in row:
+            assert not set(BANNED) & set(one.tokens)
+            assert EOS not in one.tokens[:-1]
+            assert one.finished == (one.tokens[-1] == EOS)
+            assert one.finished or len(one.tokens) == 10
 
 
 def test_draw_by_hand():
-    """Guards tokens of probability 0, at the edges u = 0 and u just under 1 and at a boundary."""
+    """Guards tokens of probability 0: at u = 0, just under 1, and at a boundary."""
     logprobs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log().expand(5, -1)
     uniforms = torch.tensor([0.0, 0.2499, 0.2501, 0.9999, 1 - 2.0**-53], dtype=torch.float64)
     assert rollout.draw(logprobs, uniforms).tolist() == [1, 1, 3, 3, 3]
 
 
 def test_streams_are_stable():
-    """Guards a hash that differs between processes or machines: the first numbers of two streams, written down."""
-    assert rollout.uniform_stream(7, 0, 3).tolist() == [0.7158469044757119, 0.09290916138032534, 0.7572696070837044]
-    assert rollout.uniform_stream(7, 1, 3).tolist() == [0.314957374680761, 0.18570493864512427, 0.6158728079879316]
-
-
-def test_bfloat16_stays_near_the_trainer():
-    """Guards dtype mixing in the caches: sampler and trainer in bfloat16 differ by rounding only."""
-    model, items = stopping_model(dtype=torch.bfloat16), prompts()
-    samples, features = draw(model, items)
-    check_against_trainer(model, items, samples, features, limit=0.3)
+    """Guards a hash that differs between processes or machines: two streams, written down."""
+    first = [0.7158469044757119, 0.09290916138032534, 0.7572696070837044]
+    assert rollout.uniform_stream(7, 0, 3).tolist() == first
+    second = [0.314957374680761, 0.18570493864512427, 0.6158728079879316]
+    assert rollout.uniform_stream(7, 1, 3).tolist() == second
 
 
 def test_arguments_that_make_no_sense():
-    """Guards silence: too few seeds, no rows, a negative temperature; no prompts is an empty answer."""
+    """Guards silence: too few seeds, no rows, a negative temperature; no prompts is no answer."""
     model = tiny_model()
     for settings in ({"seeds": [1, 2]}, {"max_rows": 0}, {"temperature": -1.0}, {"k": 0}):
-        with pytest.raises(ValueError, match="prompts need as many seeds"):
+        with pytest.raises(ValueError, match="1 prompts and . seeds"):
             draw(model, [prompt(1)], **settings)
     assert draw(model, [])[0] == []
 
 
 def test_a_response_continues_as_a_prompt():
-    """Guards `sample` for longer contexts: a prompt that ends in an earlier response predicts what the response's own end predicts."""
+    """Guards longer contexts: a prompt that ends in an earlier response predicts what the
+    response's own end predicts."""
     model, item, response = stopping_model(), prompts()[1], words(5, 3)
-    longer = type(item)(item.ids + tuple(response), item.images)
-    samples, features = draw(model, [longer])
-    logprobs, _ = modeling.token_logprobs(model, [(item, [response + one.tokens for one in samples[0]])], features)
-    for row, one in enumerate(samples[0]):
-        assert (logprobs[row, 5:5 + len(one.tokens)] - torch.tensor(one.logprobs)).abs().max() < 1e-5
+    samples, features = draw(model, [Prompt(item.ids + tuple(response), item.images)])
+    longer = [response + one.tokens for one in samples[0]]
+    logprobs, _ = token_logprobs(model, [(item, longer)], features)
+    for row, one in zip(logprobs, samples[0]):
+        expected = torch.tensor(one.logprobs)
+        assert (row[5 : 5 + len(expected)] - expected).abs().max() < 1e-5
