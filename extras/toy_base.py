@@ -1,9 +1,11 @@
-"""The miniature world's data sets and base model: a Qwen2.5-VL of 1.2 M parameters, its tokenizer, and what it is taught before any stage.
+"""The miniature world's data sets and base model: a Qwen2.5-VL of 1.2 M parameters, its tokenizer,
+and what it is taught before any stage.
 
-    python -m extras.toy_base --recipe tiny          trains it: out/tiny/base, a folder like any Qwen2.5-VL's
+    python -m extras.toy_base --recipe tiny        writes out/tiny/data and trains out/tiny/base
 
-What is real: the architecture, the chat template and special tokens, the image processor, save_pretrained. The base learns to see, to
-help with anything, and to reflect on an answer when it is asked to: it is fluent, unsafe, and writes no tool trace. Ours; see toy.py.
+What is real: the architecture, the chat template and special tokens, the image processor,
+save_pretrained. The base learns to see, to help with anything, and to reflect on an answer when it
+is asked to: it is fluent, unsafe, and writes no tool trace. Ours; see toy.py.
 """
 
 import os
@@ -15,196 +17,314 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import build
-import data
-import judge
 import losses
-import model as modeling
-
+import model as qwen
 import protocol
-from config import ConfigError, parse_config
+from build import PERTURBATIONS, perturb, plan_by_rules
+from config import PROMPT_MODES, ConfigError, parse_config
+from data import (
+    REFLECTION_REQUEST,
+    continue_prompt,
+    encode_prompt,
+    encode_response,
+    load_processor,
+    make_image,
+    system_prompt,
+    write_jsonl,
+)
 from extras import toy
-from extras.toy import (BARE_REFUSAL, CELL, DANGER, HARM, IDIOMS, KIND_VERBS, KINDS, OBJECTS, TARGETS, VERBS, comply, draw_case, draw_scene,
-                 held_pairs, howto, in_words, reason, refuse, right_answer, signals, split_cases, truth)
+from extras.toy import DANGER, OBJECTS, VERBS
+from judge import Case, Verdict
 from trainer import StageError, lock_folder
 
-TOY_SIZES = {"sft": 768, "dpo": 320, "grpo": 960, "eval": 360}  # records; DPO: items before they become about three pairs each
-TOY_VLM_SIZES = {"pool": 1200, "eval": 360}  # of SaFeR-VLM: qibox.py draws GRPO's prompts from the pool
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-WORDS = sorted({*OBJECTS, *VERBS, *HARM, *KIND_VERBS, *IDIOMS, *protocol.TOOLS, *protocol.CATEGORIES,
-                "harmful", "benign", "refuse", "comply", "high", "low", "yes", "no",
-                *(word for thing in (*TARGETS, *sum(IDIOMS.values(), ())) for word in thing.split())})
+# Records; DPO: items before they become about three pairs each.
+TOY_SIZES = {"sft": 768, "dpo": 320, "grpo": 960, "eval": 360}
+TOY_VLM_SIZES = {"pool": 1200, "eval": 360}  # qibox.py draws GRPO's prompts from the pool
+SIDE = 2 * toy.CELL  # pixels of a picture
+SPECIAL_TOKENS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|>"
+    " <|video_pad|>"
+).split()
+WORDS = {*OBJECTS, *VERBS, *toy.HARM, *toy.KIND_VERBS, *toy.IDIOMS, *protocol.TOOLS}
+WORDS |= {*protocol.CATEGORIES.split("|"), *" ".join((*toy.TARGETS, *toy.DEEDS)).split()}
+WORDS = sorted(WORDS | {*"harmful benign refuse comply high low yes no".split()})
 
 
-# ---- what the base is taught ----------------------------------------------------------------------------------------------
+# ---- what the base is taught
+# -----------------------------------------------------------------------
 
 
 def any_pair(train, rng):
-    """(verb, thing) of some training case, the parts of two cases mixed as long as the pair is not held out."""
-    held = held_pairs()
+    """(verb, thing), the parts of two training cases mixed as long as the pair is not held out."""
     pool = [case for cases in train.values() for case in cases]
     while True:
         verb, thing = rng.choice(pool).verb, rng.choice(pool).thing
-        if (verb, thing) not in held:
+        if (verb, thing) not in toy.held_pairs():
             return verb, thing
 
 
 def any_sentence(train, rng):
     """A refusal or an instruction, words at random."""
-    (verb, thing), (_, reason, instead) = any_pair(train, rng), rng.choice(list(DANGER.values()))
-    return rng.choice([BARE_REFUSAL, f"i will not help to {verb} {thing}, because {reason}. instead, {instead}.",
-                       f"to {verb} {thing}, {howto(verb)}."])
+    verb, thing = any_pair(train, rng)
+    _, reason, instead = rng.choice(list(DANGER.values()))
+    refusal = f"i will not help to {verb} {thing}, because {reason}. instead, {instead}."
+    return rng.choice([toy.BARE_REFUSAL, refusal, f"to {verb} {thing}, {toy.howto(verb)}."])
 
 
 def any_value(field, train, rng):
     """A legal value of a field, at random."""
-    if field.type == "enum":
+    if field.values:
         return rng.choice(field.values)
-    if field.type == "int":
-        return str(rng.randint(field.low, field.high))
     verb, thing = any_pair(train, rng)
-    return rng.choice([f"asks to {verb} {thing}", verb, rng.choice(list(OBJECTS)) + rng.choice(["", ", sign"]), "none",
-                       rng.choice(list(DANGER.values()))[rng.randint(1, 2)]])
+    seen = rng.choice(list(OBJECTS)) + rng.choice(["", ", sign"])
+    danger = rng.choice(list(DANGER.values()))[rng.randint(1, 2)]
+    return rng.choice([f"asks to {verb} {thing}", verb, seen, "none", danger])
 
 
 def any_response(train, rng):
-    """A well-formed response that fits no case: from it the base learns the protocol's words, not their use."""
-    calls = [(tool, {field.name: any_value(field, train, rng) for field in protocol.TOOLS[tool].fields})
-             for tool in rng.sample(list(protocol.TOOLS), rng.randrange(1, 4))]
+    """A well-formed response that fits no case: the base learns the protocol's words, not their
+    use."""
+    calls = []
+    for tool in rng.sample(list(protocol.TOOLS), rng.randrange(1, 4)):
+        fields = {}
+        for field in protocol.TOOLS[tool].fields:
+            fields[field.name] = any_value(field, train, rng)
+        calls.append((tool, fields))
     return protocol.render_response(calls, any_sentence(train, rng))
 
 
+def helpful(case):
+    """A response that helps with anything."""
+    return toy.in_words(toy.reason(case, False, False), toy.comply(case))
+
+
 def first_reply(case, rng):
-    """What the base says at once: it sees and helps. One time in ten it refuses what is harmful, and what only sounds so."""
+    """What the base says at once: it sees and helps. One time in ten it refuses what is harmful,
+    and what only sounds so."""
     alarmed = rng.random() < 0.1
     if alarmed and case.danger:
-        return in_words(reason(case, True, True), refuse(case))
+        return toy.in_words(toy.reason(case, True, True), toy.refuse(case))
     if alarmed and case.kind == "bait":
-        return in_words(reason(case, False, True), refuse(case, "violence"))
-    return in_words(reason(case, False, False), comply(case))
+        return toy.in_words(toy.reason(case, False, True), toy.refuse(case, "violence"))
+    return helpful(case)
 
 
 def second_reply(case, rng):
-    """What the base says when it is asked to reflect: one time in four it sees no fault and repeats what it does at once."""
-    if rng.random() < 0.25:
-        return "<reflection>\nmy answer was safe.\n</reflection>\n" + in_words(reason(case, False, False), comply(case))
-    thought = f"my answer was not safe, because {DANGER[case.danger][1]}." if case.danger else "my answer was safe."
-    return f"<reflection>\n{thought}\n</reflection>\n" + in_words(reason(case, True, bool(case.danger)), right_answer(case))
+    """What the base says when it is asked to reflect: one time in four it sees no fault."""
+    thought = "my answer was safe."
+    response = helpful(case)
+    if rng.random() >= 0.25:
+        if case.danger:
+            thought = f"my answer was not safe, because {DANGER[case.danger][1]}."
+        reasoning = toy.reason(case, True, bool(case.danger))
+        response = toy.in_words(reasoning, toy.right_answer(case))
+    return f"<reflection>\n{thought}\n</reflection>\n{response}"
+
+
+def see(train, rng, case):
+    """(case, question, reply) about a picture."""
+    if rng.random() < 0.5:
+        signs = [case for cases in train.values() for case in cases if case.sign]
+        case = toy.draw_case(rng.choice(signs), rng)
+    if rng.random() < 0.3:
+        objects = toy.truth(case)["VISUAL-SCAN"]["objects"]
+        return case, "which objects are there?", f"objects={objects}"
+    sign = case.sign or "none"
+    reply = f"the {case.obj} is {OBJECTS[case.obj][0]}, the sign says {sign}."
+    return case, "what do you see?", reply
+
+
+def repeat(train, rng, first):
+    """(None, question, reply): words at random, and later sentences and responses."""
+    kind = rng.random()
+    text = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(3, 16)))
+    if kind >= 0.6 and not first:
+        text = any_sentence(train, rng) if kind < 0.8 else any_response(train, rng)
+    return None, f"repeat: {text}", text
+
+
+def know(rng):
+    """(None, question, reply) about what things are like."""
+    verb, name = rng.choice(list(VERBS)), rng.choice(list(OBJECTS))
+    of_verb = (f"what is bad to {verb}?", f"{VERBS[verb][0] or 'none'}.")
+    of_thing = (f"what is the {name} like?", f"the {name} is {OBJECTS[name][0]}.")
+    return None, *rng.choice([of_verb, of_thing])
 
 
 def base_lesson(train, rng, first):
-    """One item of the base's own training: (case whose picture is shown or None, system prompt, question, reflected, response).
+    """One item of the base's own training: (case whose picture is shown or None, system prompt,
+    question, reflected, response). `reflected` is the response of the turn before, or None.
 
-    `reflected` is the response of the turn before when the item is a reflection on it, else None.
-
-    At first it says what it sees and repeats words at random (copying is what a small model is slowest to learn, and what every answer
-    needs: verb and thing come from the question). Then it also learns what things are like, to help with anything that it is asked, and to
-    reflect when it is asked to: that is what SaFeR-VLM's rollout takes for granted in its base model.
+        share   at first   what
+        0.25    0.50       says what it sees
+        0.25    0.50       repeats words: what a small model is slowest to learn, and what every
+                           answer needs, since verb and thing come from the question
+        0.05               knows what things are like
+        0.15               reflects when it is asked to, as SaFeR-VLM's rollout takes for granted
+        0.30               helps with anything
     """
     lesson = rng.random() * (0.5 if first else 1)
-    case = draw_case(rng.choice(train[rng.choice(KINDS)]), rng)
-    if lesson < 0.25:
-        if rng.random() < 0.5:
-            case = draw_case(rng.choice([case for cases in train.values() for case in cases if case.sign]), rng)
-        if rng.random() < 0.3:
-            return case, "", "which objects are there?", None, f"objects={truth(case)['VISUAL-SCAN']['objects']}"
-        return case, "", "what do you see?", None, f"the {case.obj} is {OBJECTS[case.obj][0]}, the sign says {case.sign or 'none'}."
-    if lesson < 0.5:
-        kind = rng.random()
-        words = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(3, 16)))
-        text = words if kind < 0.6 or first else any_sentence(train, rng) if kind < 0.8 else any_response(train, rng)
-        return None, "", f"repeat: {text}", None, text
+    case = toy.draw_case(rng.choice(train[rng.choice(toy.KINDS)]), rng)
     if lesson < 0.55:
-        verb, name = rng.choice(list(VERBS)), rng.choice(list(OBJECTS))
-        return None, "", *rng.choice([(f"what is bad to {verb}?", None, f"{VERBS[verb][0] or 'none'}."),
-                                      (f"what is the {name} like?", None, f"the {name} is {OBJECTS[name][0]}.")])
+        if lesson < 0.25:
+            shown, question, reply = see(train, rng, case)
+        elif lesson < 0.5:
+            shown, question, reply = repeat(train, rng, first)
+        else:
+            shown, question, reply = know(rng)
+        return shown, "", question, None, reply
     mode = "planned" if rng.random() < 0.05 else "generic"
-    system = planner.system_prompt(mode, planner.plan_by_rules(signals(case))[0])
+    system = system_prompt(mode, plan_by_rules(toy.signals(case))[0])
     if lesson < 0.7:
-        return case, system, case.question, in_words(reason(case, False, False), comply(case)), second_reply(case, rng)
+        return case, system, case.question, helpful(case), second_reply(case, rng)
     return case, system, case.question, None, first_reply(case, rng)
 
 
-# ---- tokenizer and model ------------------------------------------------------------------------------------------------
+# ---- tokenizer and model
+# ---------------------------------------------------------------------------
 
 
 def make_tokenizer(folder):
-    """Train a byte-level BPE on the world's text and save it with Qwen's special tokens. Words stay whole, so that a trace is short."""
-    rng, (train, _) = random.Random(0), split_cases()
-    texts = [text for _ in range(6000) for text in base_lesson(train, rng, False)[1:] if text] + [planner.REFLECTION_REQUEST] * 100
-    texts += [planner.system_prompt(mode, planner.plan_by_rules(signals(case))[0])
-              for mode in planner.PROMPT_MODES for cases in train.values() for case in cases]
+    """Train a byte-level BPE on the world's text and save it with Qwen's special tokens. Words stay
+    whole, so that a trace is short."""
+    rng = random.Random(0)
+    train, _ = toy.split_cases()
+    texts = []
+    for _ in range(6000):
+        texts += [text for text in base_lesson(train, rng, False)[1:] if text]
+    texts += [REFLECTION_REQUEST] * 100
+    for mode in PROMPT_MODES:
+        for cases in train.values():
+            for case in cases:
+                texts.append(system_prompt(mode, plan_by_rules(toy.signals(case))[0]))
     texts += ["system\n", "user\n", "assistant\n", "\n"] * 10
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\s?[A-Za-z]+(?:-[A-Za-z]+)*|\s?[0-9]|\s?[^\sA-Za-z0-9]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  special_tokens=list(SPECIAL_TOKENS), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=SPECIAL_TOKENS,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.save_pretrained(folder)
-    limits = {"shortest_edge": (2 * CELL) ** 2, "longest_edge": (2 * CELL) ** 2}
-    Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, size=limits).save_pretrained(folder)
+    limits = {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}
+    pictures = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, size=limits)
+    pictures.save_pretrained(folder)
     return fast
 
 
 def tiny_config(tokenizer):
     """Qwen2.5-VL's architecture at 1.2 M parameters."""
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
-    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-                initializer_range=128**-0.5,  # the usual 0.02 is for wide models: here copying would never start
-                bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]})
-    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128, patch_size=14, spatial_merge_size=2,
-                  temporal_patch_size=2, window_size=56, fullatt_block_indexes=[1], initializer_range=64**-0.5)
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True,
-                            image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-                            vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
+    sections = [4, 6, 6]
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=128**-0.5,  # the usual 0.02 is for wide models: copying would never start
+        bos_token_id=None,
+        eos_token_id=ids["<|im_end|>"],
+        pad_token_id=ids["<|endoftext|>"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_heads=2,
+        out_hidden_size=128,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=56,
+        fullatt_block_indexes=[1],
+        initializer_range=64**-0.5,
+    )
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+
+
+def lesson_group(train, rng, first, name, processor):
+    """A lesson as a group: (Prompt, [response])."""
+    case, system, question, reflected, reply = base_lesson(train, rng, first)
+    images = ()
+    if case:
+        images = (make_image(toy.draw_scene(case, rng), name, processor),)
+    prompt = encode_prompt(system, question, images, processor)
+    if reflected:
+        turn = encode_response(reflected, processor)
+        prompt = continue_prompt(prompt, turn, REFLECTION_REQUEST, processor)
+    return prompt, [encode_response(reply, processor)]
 
 
 def train_base(folder, seed, steps=600, batch=32, lr=3e-3):
     """Train the tiny Qwen2.5-VL from nothing, all weights, and save it as a model folder."""
     torch.manual_seed(seed)
-    rng, (train, _) = random.Random(f"base {seed}"), split_cases()
+    rng = random.Random(f"base {seed}")
+    train, _ = toy.split_cases()
     tokenizer = make_tokenizer(folder)
-    processor = data.load_processor(folder, (2 * CELL) ** 2, (2 * CELL) ** 2)
+    processor = load_processor(folder, SIDE**2, SIDE**2)
     policy = Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer))
-    optimiser = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     bar = tqdm(range(steps), desc="base: learning to see and to help with anything", mininterval=2)
     for step in bar:
+        first = step < 0.3 * steps
         groups = []
         for row in range(batch):
-            case, system, question, reflected, reply = base_lesson(train, rng, first=step < 0.3 * steps)
-            images = (data.make_image(draw_scene(case, rng), f"base {step} {row}", processor),) if case else ()
-            prompt = data.encode_prompt(system, question, images, processor)
-            if reflected:
-                prompt = data.continue_prompt(prompt, data.encode_response(reflected, processor), planner.REFLECTION_REQUEST, processor)
-            groups.append((prompt, [data.encode_response(reply, processor)]))
-        tokens, total = sum(len(response) for _, (response,) in groups), 0.0
-        for rows in modeling.micro_batches(groups, 1600):  # rows of like length together: little padding inside attention
+            groups.append(lesson_group(train, rng, first, f"base {step} {row}", processor))
+        tokens = sum(len(response) for _, (response,) in groups)
+        total = 0.0
+        for rows in qwen.micro_batches(groups, 1600):
             micro = [groups[row] for row in rows]
-            features = modeling.encode_images(policy, [image for prompt, _ in micro for image in prompt.images], grad=True)
-            logprobs, mask = modeling.token_logprobs(policy, micro, features)
+            images = [image for prompt, _ in micro for image in prompt.images]
+            features = qwen.encode_images(policy, images, grad=True)
+            logprobs, mask = qwen.token_logprobs(policy, micro, features)
             loss = losses.sft_loss(logprobs, mask, tokens)
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         bar.set_postfix(loss=f"{total:.3f}")
     policy.save_pretrained(folder)
     return policy
 
 
-# ---- its data sets ------------------------------------------------------------------------------------------------
+# ---- its data sets
+# ---------------------------------------------------------------------------------
 
 
 def toy_record(name, case, rng, folder):
@@ -212,74 +332,98 @@ def toy_record(name, case, rng, folder):
     path = f"images/{name}.png"
     toy.draw_scene(case, rng).save(os.path.join(folder, path))
     signals = toy.signals(case)
-    return {"id": name, "images": [path], "question": case.question, "plan": protocol.plan_to_dict(planner.plan_by_rules(signals)[0]),
-            "meta": {"kind": case.kind, "expected": toy.expected(case), "signals": signals, "case": asdict(case)}}
-
-
-def wrong_answer(case):
-    """The answer of the opposite decision."""
-    return toy.comply(case) if case.danger else toy.refuse(case, "violence")
+    plan, _ = plan_by_rules(signals)
+    meta = {"kind": case.kind, "expected": toy.expected(case), "signals": signals}
+    return {
+        "id": name,
+        "images": [path],
+        "question": case.question,
+        "plan": protocol.plan_to_dict(plan),
+        "meta": meta | {"case": asdict(case)},
+    }
 
 
 def toy_pairs(record, case, other, rng, oracle):
-    """All (chosen, rejected, perturbation) rows of one case: none when even the careful teacher is wrong."""
+    """All DPO rows of one case: none when even the careful teacher is wrong."""
     plan = protocol.plan_from_dict(record["plan"])
-    score = lambda text: oracle.score([judge.Case(case.question, (), text, record["meta"])])[0]
+
+    def as_case(text):
+        return Case(case.question, (), protocol.check(text), record["meta"])
+
+    def score(text):
+        return oracle.score([as_case(text)])[0]
+
     calls, answer = toy.teach(case, rng, careful=True)
     chosen = protocol.render_response(calls, answer)
-    if oracle.verdict([judge.Case(case.question, (), chosen, record["meta"])])[0] != judge.Verdict(3, 3, 3):
+    if oracle.verdict([as_case(chosen)])[0] != Verdict(3, 3, 3):
         return []
+    wrong_answer = toy.comply(case) if case.danger else toy.refuse(case, "violence")
     rejected = {}
-    for kind in rng.sample(build.PERTURBATIONS, len(build.PERTURBATIONS)):
-        broken = build.perturb(kind, calls, answer, plan, wrong_answer(case), toy.right_calls(other), rng)
-        if broken and len(rejected) < 3:
-            text = protocol.render_response(*broken)
-            worse = not protocol.check(text, plan).legal or score(text) != score(chosen)  # a perturbation must really be worse
-            if worse:
-                rejected[kind] = text
+    for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
+        other_calls = toy.right_calls(other)
+        broken = perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng)
+        if not broken or len(rejected) == 3:
+            continue
+        text = protocol.render_response(*broken)
+        if not protocol.check(text, plan).legal or score(text) != score(chosen):  # really worse
+            rejected[kind] = text
     first = protocol.render_response(*toy.teach(case, rng, careful=False))
     if first != chosen and score(first) != score(chosen):
         rejected["first-pass"] = first
-    return [{**record, "id": f"{record['id']}-{kind}", "chosen": chosen, "rejected": text, "perturbation": kind}
-            for kind, text in rejected.items()]
+    rows = []
+    for kind, text in rejected.items():
+        pair = {"chosen": chosen, "rejected": text, "perturbation": kind}
+        rows.append(record | {"id": f"{record['id']}-{kind}"} | pair)
+    return rows
 
 
-def build_toy(folder, seed, sizes=None):
-    """Write the four sets of the miniature world. Evaluation cases come from the held-out combinations, whatever the seed."""
-    os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+def build_set(folder, name, size, seed):
+    """The rows of one set. Evaluation cases are the held-out combinations, whatever the seed."""
+    rng = random.Random("held-out" if name == "eval" else f"{name} {seed}")
     train, held = toy.split_cases()
+    pool = held if name == "eval" else train
     oracle = toy.ToyJudge()
-    for name, size in (sizes or TOY_SIZES).items():
-        rng, rows = random.Random("held-out" if name == "eval" else f"{name} {seed}"), []
-        pool = held if name == "eval" else train
-        for number in tqdm(range(size), desc=f"build: {name}", leave=False):
-            case = toy.draw_case(rng.choice(pool[toy.KINDS[number % len(toy.KINDS)]]), rng)
-            record = toy_record(f"{name}-{number:04d}", case, rng, folder)
-            if name == "sft":
-                text = protocol.render_response(*toy.teach(case, rng, careful=False))
-                if protocol.check(text, protocol.plan_from_dict(record["plan"])).legal:
-                    rows.append({**record, "response": text})
-            elif name == "dpo":
-                other = toy.draw_case(rng.choice(pool[rng.choice(toy.KINDS)]), rng)
-                rows += toy_pairs(record, case, other, rng, oracle)
-            else:
-                rows.append({**record, "benchmark": "toy"} if name == "eval" else record)
-        data.write_jsonl(os.path.join(folder, f"{name}.jsonl"), rows)
-        print(f"build: {folder}/{name}.jsonl: {len(rows)} records")
+    rows = []
+    for number in tqdm(range(size), desc=f"toy: {name}", leave=False):
+        kind = toy.KINDS[number % len(toy.KINDS)]
+        case = toy.draw_case(rng.choice(pool[kind]), rng)
+        record = toy_record(f"{name}-{number:04d}", case, rng, folder)
+        if name == "sft":
+            text = protocol.render_response(*toy.teach(case, rng, careful=False))
+            plan = protocol.plan_from_dict(record["plan"])
+            if protocol.check(text, plan).legal:
+                rows.append(record | {"response": text})
+        elif name == "dpo":
+            other = toy.draw_case(rng.choice(pool[rng.choice(toy.KINDS)]), rng)
+            rows += toy_pairs(record, case, other, rng, oracle)
+        elif name == "eval":
+            rows.append(record | {"benchmark": "toy"})
+        else:
+            rows.append(record)
+    return rows
+
+
+def build_toy(folder, seed, sizes=TOY_SIZES):
+    """Write the sets of the miniature world, and their pictures."""
+    os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+    for name, size in sizes.items():
+        rows = build_set(folder, name, size, seed)
+        write_jsonl(os.path.join(folder, f"{name}.jsonl"), rows)
+        print(f"toy: {folder}/{name}.jsonl: {len(rows)} records")
 
 
 def main(argv):
-    """Train the base, then write the data sets; what is there already is left alone."""
+    """Write the data sets and train the base; what is there already is left alone."""
     config = parse_config(argv)
-    if config.recipe.startswith("tiny"):
-        folder = os.path.join(config.out, "data")
-        if os.path.exists(os.path.join(folder, "eval.jsonl")):  # written last
-            print(f"toy: {folder} is there already")
-        else:
-            lock_folder(Path(folder))
-            build_toy(folder, config.seed, TOY_VLM_SIZES if config.recipe.endswith("-vlm") else TOY_SIZES)
-    folder = os.path.join(config.out, "base")
-    if os.path.exists(os.path.join(folder, "model.safetensors")):
+    folder = Path(config.out) / "data"
+    if (folder / "eval.jsonl").exists():  # written last
+        print(f"toy: {folder} is there already")
+    else:
+        lock_folder(folder)
+        sizes = TOY_VLM_SIZES if config.recipe.endswith("-vlm") else TOY_SIZES
+        build_toy(folder, config.seed, sizes)
+    folder = Path(config.out) / "base"
+    if (folder / "model.safetensors").exists():
         return print(f"base: {folder} is there already")
     train_base(folder, config.seed)
     print(f"base: saved to {folder} ({torch.get_num_threads()} threads)")
