@@ -208,6 +208,7 @@ def test_sampled_walks_are_legal_and_every_mutation_is_reported(topology):
         ("shield", "VG", False, ["bad-end", "missing-tier"]),  # comply must go on to reasoning
         ("shield", "VIG", False, ["bad-end", "illegal-transition", "illegal-transition"]),
         ("shield", "VGI", False, []),
+        ("shield", "VGFI", False, ["illegal-transition"] * 2),  # decides on before it reasons
         # tree: branches O-R and K-I stay together, in any order; each may lead to the decision
         ("tree", "VORKIG", False, []),
         ("tree", "VKIORG", False, []),
@@ -219,7 +220,7 @@ def test_sampled_walks_are_legal_and_every_mutation_is_reported(topology):
 )
 def test_walks_by_hand(topology, walk, refuse, expected):
     """Each rule of each topology with the exact kinds: one fault is one violation."""
-    tools = {"linear": "VIRG", "tree": "VOKRIG"}.get(topology, "VKIRG")
+    tools = {"linear": "VIRG", "tree": "VOKRIG", "shield": "VKIRGF"}.get(topology, "VKIRG")
     plan = make_plan("analyst", names(tools), topology)
     found = check(response_of(names(walk), refuse), plan)
     assert sorted(kinds(found)) == expected, found.violations
@@ -377,7 +378,10 @@ NO_TIER = ["missing-tier"] * 3
 def test_blocks_and_lines(text, expected):
     """The grammar, one fault at a time: guards against a parser that accepts what it can find
     anywhere (as the released one does)."""
-    assert sorted(kinds(check(text))) == expected, check(text).violations
+    found = check(text)
+    assert sorted(kinds(found)) == expected, found.violations
+    behind = text.find("</thinking>") < text.find("<answer>")  # an answer before its trace is none
+    assert (found.answer is not None) == (text.count("<answer>") == 1 and behind)
 
 
 def test_a_violation_names_its_line():

@@ -95,13 +95,6 @@ def test_paper_reward_on_broken_texts(text, total):
     assert paid(text, form="paper").total == pytest.approx(total)
 
 
-def test_paper_bounds_of_the_fact_sheet():
-    """Gated at most 0.378, explore at most 0.72, success without tools at most 0.80 (PAPERS)."""
-    best = [("ABCDEF", (10, 6, 10, 10)), ("ABCDEF", (6, 10, 10, 10)), ("AB", (10, 10, 10, 10))]
-    totals = [paid(tagged(names), None, Scores(*raw), "paper").total for names, raw in best]
-    assert totals == pytest.approx([0.3 + 0.7 * 0.2 * 5 / 9, 0.72, 0.80])
-
-
 # ---- the checked form ----------------------------------------------------------------------------
 
 
@@ -112,13 +105,10 @@ def test_an_honest_response_earns_one():
     assert paid(HONEST, None).total == pytest.approx(1.0)
 
 
-def test_checked_reward_by_hand():
-    """One wrong value: compliance 1/2, 3 of 4 calls valid, tool_quality counts half."""
-    expected = 0.1 + 0.1 * 3 / 4 + 0.1 / 2 + 0.7 * (0.85 + 0.15 / 2)
-    assert paid(BROKEN).total == pytest.approx(expected)
+def test_a_missing_block_halves_the_semantic_score():
     no_end = HONEST.replace("</thinking>\n", "")  # one fault of form, all calls valid
     assert paid(no_end).parts["format"] == 0.5
-    plain = paid("Toast it.")  # nothing but half of semantic
+    plain = paid("Toast it.")  # without a call tool_quality counts nothing
     assert plain.total == pytest.approx(0.7 * 0.85 / 2)
     assert plain.parts["compliance"] == plain.parts["format"] == 0
 
