@@ -327,9 +327,12 @@ def make_parser():
     parser.add_argument("--method", choices=("toolkit", "vlm"), help="vlm: the recipe's -vlm form")
     help_of = field_help()
     for field in dataclasses.fields(Config):
+        form = {"type": field.type}
+        if field.type is bool:  # --dry_run alone is --dry_run 1
+            form = {"type": zero_or_one, "nargs": "?", "const": True}
         parser.add_argument(
             f"--{field.name}",
-            type=zero_or_one if field.type is bool else field.type,
+            **form,
             choices=CHOICES.get(field.name),
             help=f"({field.default!r}) {help_of[field.name]}".replace("%", "%%"),
         )

@@ -1,28 +1,40 @@
 #!/usr/bin/env bash
-# The whole project in one file: `bash run.sh help` lists what there is. Each stage below is one command that can be typed by hand.
-# A stage that is finished skips itself and an interrupted one goes on, so after an interruption the same command is typed again.
+# The whole project in one file: `bash run.sh help` lists what there is. Each stage below is one
+# command that can be typed by hand. A stage that is finished skips itself and an interrupted one
+# goes on, so after an interruption the same command is typed again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+# On Intel CPUs the last bits of MKL's products depend on where in memory the matrices happen to
+# be, and sampling makes other tokens of them: the same command gave two tables. This makes them
+# the same on one machine; another machine may still differ. AMD's CPUs ignore it.
+export MKL_CBWR=${MKL_CBWR:-AUTO,STRICT}
+
 usage() {
   cat <<'TEXT'
-bash run.sh tiny [--flag value ...]   the miniature world on a laptop: base, SFT, DPO, GRPO, evaluation; no download, no GPU
+bash run.sh tiny [--flag value ...]   the miniature world on a laptop: base, SFT, DPO, GRPO,
+                                      evaluation; no download, no GPU
 bash run.sh 3b   [--flag value ...]   Qwen2.5-VL-3B-Instruct on your data
 bash run.sh 7b   [--flag value ...]   Qwen2.5-VL-7B-Instruct on your data
-bash run.sh tiny-vlm | 3b-vlm | 7b-vlm [--flag value ...]   the same by SaFeR-VLM: QI-Box, then GRPO with a reflecting rollout; also as --method vlm
-bash run.sh ablate [vlm] [--seeds 0,1,2 ...]   the papers' ablations in the miniature world, a table a question; further words go to extras/ablate.py
+bash run.sh tiny-vlm | 3b-vlm | 7b-vlm [--flag value ...]   the same by SaFeR-VLM: QI-Box, then
+                                      GRPO with a reflecting rollout; also as --method vlm
+bash run.sh ablate [vlm] [--seeds 0,1,2 ...]   the papers' ablations in the miniature world, a
+                                      table a question; further words go to extras/ablate.py
 bash run.sh test [word ...]           the tests; further words go to pytest
 bash run.sh help                      this list
 
-Flags: python3 config.py --help. Examples: bash run.sh tiny --seed 3 --grpo_steps 20; DATA=my/data bash run.sh 3b --sft_lr 5e-5
---dry_run as the last word: check GPUs, model, data and judge, print the stages with estimated memory and time, and stop
+Flags: python3 config.py --help.
+Examples: bash run.sh tiny --seed 3 --grpo_steps 20; DATA=my/data bash run.sh 3b --sft_lr 5e-5
+--dry_run: check GPUs, model, data and judge, print the stages with estimated memory and time, stop
 Environment, all optional:
-  SAFER_PYTHON     a python that has the packages of requirements.txt; without it .venv is made and filled once
+  SAFER_PYTHON     a python that has the packages of requirements.txt; without it .venv is made and
+                   filled once
   MODEL, DATA      3b, 7b: the same as --model and --data (paths count from this folder)
-  JUDGE_URL, JUDGE_MODEL, JUDGE_KEY      3b, 7b: the OpenAI-compatible server that scores answers
-  TEACHER_URL, TEACHER_MODEL, TEACHER_KEY   the server that writes training responses; for build.py alone
-  GPUS             3b, 7b: 0,1,2,3 or all (the default); a machine without a GPU runs one process on the CPU
-  NNODES, NODE_RANK, MASTER_ADDR         3b, 7b: several machines with a shared folder; start the same command on each
+  JUDGE_URL, JUDGE_MODEL, JUDGE_KEY         3b, 7b: the OpenAI-compatible server that scores
+  TEACHER_URL, TEACHER_MODEL, TEACHER_KEY   the one that writes training responses; for build.py
+  GPUS             3b, 7b: 0,1,2,3 or all (the default); without a GPU one process runs on the CPU
+  NNODES, NODE_RANK, MASTER_ADDR            3b, 7b: several machines with a shared folder; start the
+                   same command on each
 TEXT
 }
 
@@ -35,12 +47,12 @@ case "$recipe" in
   "") usage >&2; exit 2 ;;
   *) echo "run.sh: there is no '$recipe'; there is:" >&2; usage >&2; exit 2 ;;
 esac
-if [ $# -gt 0 ] && [ "${!#}" = --dry_run ]; then set -- "$@" 1; fi
 real=; [[ $recipe == [37]b* ]] && real=yes
 
-# ---- before anything is installed or trained: are all flags right? (config.py needs nothing beyond python itself)
+# ---- before anything is installed or trained: are all flags right? (config.py needs no package)
 first_python=${SAFER_PYTHON:-python3}
-command -v "$first_python" >/dev/null || stop "no $first_python here: install Python 3.10 or newer, or name one in SAFER_PYTHON"
+command -v "$first_python" >/dev/null \
+  || stop "no $first_python here: install Python 3.10 or newer, or name one in SAFER_PYTHON"
 flags=(--recipe "$recipe")
 if [ -n "$real" ]; then
   [ -z "${MODEL:-}" ] || flags+=(--model "$MODEL")
@@ -53,22 +65,25 @@ if [ "$recipe" != test ] && [ "$recipe" != ablate ]; then
     if [ "$word" = --help ]; then echo "$settings"; exit 0; fi
   done
 fi
-setting() { sed -n "s/^ \"$1\": \"\{0,1\}\([^\"]*[^\",]\)\{0,1\}\"\{0,1\},\{0,1\}$/\1/p" <<<"$settings"; }  # one value of what config.py prints
+setting() { "$first_python" config.py --get "$1" "${flags[@]}"; }
 if [ -n "$real" ] && [[ -n ${NNODES:-} && ( -z ${NODE_RANK:-} || -z ${MASTER_ADDR:-} ) ]]; then
-  stop "NNODES is set: set NODE_RANK (0 on the first machine) and MASTER_ADDR (the first machine's address) too"
+  stop "NNODES is set: set NODE_RANK (0 on the first machine) and MASTER_ADDR (its address) too"
 fi
 
 # ---- packages: once; the stamp appears last, so an interrupted installation starts again
 python=${SAFER_PYTHON:-.venv/bin/python}
 if [ -z "${SAFER_PYTHON:-}" ]; then
-  stamp=.venv/installed-$(python3 -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest()[:16])')
+  stamp=.venv/installed-$(cksum <requirements.txt | tr ' ' -)
   if [ ! -e "$stamp" ]; then
-    if [ -n "$real" ] && [ "$(setting dry_run)" = false ]; then  # what needs no package to be seen is told before gigabytes are fetched
+    # what needs no package to be seen is reported before gigabytes are fetched
+    if [ -n "$real" ] && [ "$(setting dry_run)" = 0 ]; then
       if [ -z "$(setting data)" ]; then
-        stop "$recipe needs data: DATA=folder bash run.sh $recipe, with sft.jsonl, dpo.jsonl, grpo.jsonl and eval.jsonl; python build.py makes them from raw.jsonl (README.md, Data)"
+        stop "$recipe needs data: DATA=folder bash run.sh $recipe, with sft.jsonl, dpo.jsonl,\
+ grpo.jsonl and eval.jsonl; python build.py makes them from raw.jsonl (docs/training.md)"
       fi
       if [[ $(setting judge) == endpoint && ( -z ${JUDGE_URL:-} || -z ${JUDGE_MODEL:-} ) ]]; then
-        stop "GRPO and the evaluation ask a judge: set JUDGE_URL and JUDGE_MODEL (README.md, Judge; --dry_run tells how to start one), or choose another --judge"
+        stop "GRPO and the evaluation ask a judge: set JUDGE_URL and JUDGE_MODEL\
+ (docs/training.md), or choose another --judge"
       fi
     fi
     echo "run.sh: installing the packages of requirements.txt into .venv, once"
@@ -86,14 +101,16 @@ if [ "$recipe" = ablate ]; then
 fi
 
 # ---- 3b and 7b: one process a GPU, by torchrun
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}   # seconds in which a stopped run may finish its step
+# seconds in which a stopped run may finish its step
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
 run=("$python")
 if [ -n "$real" ]; then
   if [ "${GPUS:-all}" != all ]; then export CUDA_VISIBLE_DEVICES=$GPUS; fi
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   if [ "${GPUS:-all}" != all ]; then
     named=$(tr ',' '\n' <<<"$GPUS" | grep -c .)
-    [ "$gpus" -eq "$named" ] || stop "GPUS=$GPUS names $named GPUs, but torch sees $gpus of them; leave GPUS out to use what there is"
+    [ "$gpus" -eq "$named" ] \
+      || stop "GPUS=$GPUS names $named GPUs, but torch sees $gpus of them; leave it out to use all"
   fi
   if [ -n "${NNODES:-}" ]; then
     run=("$python" -m torch.distributed.run --nproc_per_node "$((gpus > 0 ? gpus : 1))"
@@ -103,23 +120,28 @@ if [ -n "$real" ]; then
   fi
 fi
 
-if [ -n "$real" ] || [ "$(setting dry_run)" = true ]; then
-  "$python" -m extras.preflight "${flags[@]}"    # GPUs, model, data, judge: what is missing is told at once, before an hour is spent
-  if [ "$(setting dry_run)" = true ]; then exit 0; fi
+dry=$(setting dry_run)
+if [ -n "$real" ] || [ "$dry" = 1 ]; then
+  "$python" -m extras.preflight "${flags[@]}"    # GPUs, model, data, judge: before an hour is spent
+  if [ "$dry" = 1 ]; then exit 0; fi
 fi
 if [ -z "$real" ]; then
-  "$python" -m extras.toy_base "${flags[@]}"   # draw the miniature world's data; train its base model: it sees, it helps with anything
+  # draw the miniature world's data; train its base model: it sees, it helps with anything
+  "$python" -m extras.toy_base "${flags[@]}"
 fi
+out=$(setting out)
 if [ "$(setting curate)" != none ]; then
   if [ "${NODE_RANK:-0}" = 0 ]; then
-    "$python" qibox.py "${flags[@]}"      # SaFeR-VLM: GRPO's prompts are those inside the box of quality and instability
+    # SaFeR-VLM: GRPO's prompts are those inside the box of quality and instability
+    "$python" qibox.py "${flags[@]}"
   fi
-  until [ -e "$(setting out)/qibox/grpo.jsonl" ]; do sleep 10; done   # the other machines wait for the first one
+  until [ -e "$out/qibox/grpo.jsonl" ]; do sleep 10; done   # other machines wait for the first
 fi
+# sft: imitate tool traces; dpo: prefer good traces to perturbed ones; grpo: sample, judge, reward
 for stage in $(setting stages | tr ',' ' '); do
-  "${run[@]}" safer.py "$stage" "${flags[@]}"   # sft: imitate tool traces; dpo: prefer good traces to perturbed ones; grpo: sample, judge, reward
+  "${run[@]}" safer.py "$stage" "${flags[@]}"
 done
 "${run[@]}" eval.py "${flags[@]}"         # the table: base and every stage
 if [ "${NODE_RANK:-0}" = 0 ]; then
-  "$python" -m extras.report "$(setting out)"    # one page: tables, curves, traces
+  "$python" -m extras.report "$out"       # one page: tables, curves, traces
 fi

@@ -266,23 +266,22 @@ def reflect(run, judge, pairs, features):
 
 
 def measure_group(run, group):
-    """What the metrics say of a group, before anything leaves it."""
+    """What the metrics say of a group: of all trajectories, of first responses, of corrections."""
+    structured = run.config.reward == "structured"
+    corrected = [first_of(item) for item in group.trajectories if item.corrects]
     first = [item for item in group.trajectories if item.corrects is None]
-    corrections = [item for item in group.trajectories if item.corrects is not None]
-    for item in group.trajectories:
-        add(run, unscored=(item.grades is None, 1), length=(len(item.tokens), 1))
-        add(run, truncated=(not item.finished, 1))
-    for item in first:
-        add(run, legal=(item.check.legal, 1), calls=(len(item.check.calls), 1))
     add(run, distinct=(len({tuple(item.tokens) for item in first}), len(first)))
-    if run.config.reward == "structured":
-        answered = [first_of(item) for item in corrections]
-        for item in first:
-            add(run, unsafe=(is_unsafe(item), item.grades is not None))
-            add(run, corrected=(item in answered, 1))
-        for item in corrections:
-            safe = item.grades is not None and item.grades.safe
-            add(run, corrected_safe=(safe, item.grades is not None), reflected=(item.reflected, 1))
+    for item in group.trajectories:
+        graded = item.grades is not None
+        safe = graded and structured and item.grades.safe
+        add(run, unscored=(not graded, 1), length=(len(item.tokens), 1))
+        add(run, truncated=(not item.finished, 1))
+        if item.corrects:
+            add(run, corrected_safe=(safe, graded), reflected=(item.reflected, 1))
+            continue
+        add(run, legal=(item.check.legal, 1), calls=(len(item.check.calls), 1))
+        if structured:
+            add(run, unsafe=(graded and not safe, graded), corrected=(item in corrected, 1))
 
 
 def reward_group(run, group):
@@ -350,15 +349,15 @@ def credit_prompt(run, groups, features):
     It was sampled in its chat, so its log-probabilities under the prompt are computed here, before
     any update and at the sampling temperature: its ratio is 1 at the first update, as all others'.
     """
-    for group in groups:
-        for place, item in enumerate(group.trajectories):
-            if item.corrects is not None:
-                group.trajectories[place] = as_first_response(item, run.processor)
     packs = []
-    for _, items in by_context(groups):
-        moved = [item for item in items if item.corrects is not None]
-        if moved:
-            packs.append(moved)
+    for group in groups:
+        moved = []
+        for place, item in enumerate(group.trajectories):
+            if item.corrects:
+                item = as_first_response(item, run.processor)
+                group.trajectories[place] = item
+                moved += [item] if item.tokens else []
+        packs += [moved] if moved else []
     packed = [packed_group(items) for items in packs]
     for rows in micro_batches(packed, run.config.micro_tokens):
         micro = [packed[row] for row in rows]
