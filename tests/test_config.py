@@ -1,9 +1,11 @@
-"""config.py: every mistake in the flags is told before anything loads, and a run's folder says what it was run with."""
+"""config.py: mistakes in the flags are reported before anything loads; files appear whole; a folder
+is continued only with what it was begun with."""
 
 import dataclasses
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,108 +13,213 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import config  # noqa: E402
-from config import Config, ConfigError, parse_config  # noqa: E402
+from config import Config, ConfigError, fingerprint, guard, parse_config, write_whole  # noqa: E402
 
 
-def problems(*argv):
+def refused(*argv):
     with pytest.raises(ConfigError) as caught:
         parse_config(argv)
-    return str(caught.value).splitlines()
+    return str(caught.value)
 
 
-def test_unknown_flag_is_an_error_with_a_suggestion():
-    """Guards: a misspelt flag that is ignored, so that hours of training run at the default."""
-    assert problems("--grpo_lrr", "1e-3") == ["--grpo_lrr: unknown flag; did you mean --grpo_lr?"]
-    assert "config.py --help" in problems("--zzzzzz", "1")[0]
+def test_flags_that_argparse_refuses():
+    """Guards: a misspelt or shortened flag that is ignored, so that hours train at the default."""
+    for words in (["--grpo_lrr", "1e-3"], ["--grpo_l", "1e-3"], ["--dpo_lr"], ["--seed", "2.5"]):
+        assert words[0] in refused(*words) and "config.py --help" in refused(*words)
+    assert "expected 0 or 1" in refused("--resume", "maybe")
+    assert "invalid choice: '4b'" in refused("--recipe", "4b")
 
 
-def test_all_bad_values_are_told_at_once():
+def test_all_bad_values_are_reported_at_once():
     """Guards: one mistake a start, found one after the other."""
-    told = problems("--seed", "three", "--resume", "maybe", "--sft_lr", "0", "--clip_low", "1", "--kl_coef", "nan", "--grpo_k", "1",
-                    "--stages", "dpo,sft",
-                    "--sft_prompts", "planned,verbose", "--loss_mean", "median", "--min_pixels", "9999", "--grpo_update_batch", "5",
-                    "word", "--dpo_lr")
-    flags = {line.split(":")[0].split()[0].removeprefix("--") for line in told}
-    assert flags == {"seed", "resume", "sft_lr", "clip_low", "kl_coef", "grpo_k", "stages", "sft_prompts", "loss_mean", "min_pixels",
-                     "grpo_update_batch",
-                     "word", "dpo_lr"}
-    assert "--recipe 4b: expected one of tiny, 3b, 7b, tiny-vlm, 3b-vlm, 7b-vlm" in problems("--recipe", "4b")
-
-
-def test_a_flag_given_twice_is_an_error():
-    """Guards: MODEL=a bash run.sh 3b --model b, where one of the two is dropped without a word."""
-    assert problems("--seed", "1", "--seed=2") == ["--seed: given twice, as 1 and as 2"]
+    bad = {
+        "sft_lr": "0",
+        "clip_low": "1",
+        "kl_coef": "nan",
+        "grpo_k": "1",
+        "stages": "dpo,sft",
+        "sft_prompts": "planned,verbose",
+        "min_pixels": "9999",
+        "grpo_update_batch": "5",
+        "dual_clip": "0.5",
+        "rollout": "reflect",
+        "weight_reasoning": "1.5",
+        "qi_low": "0.95",
+    }
+    words = [word for name, value in bad.items() for word in (f"--{name}", value)]
+    lines = refused(*words).splitlines()
+    assert len(lines) == len(bad)
+    for name in bad:
+        assert any(f"--{name}" in line for line in lines), name
 
 
 def test_values_have_the_types_of_their_fields():
-    """Guards: --checkpointing 0 read as the true text "0", and --seed 2.5 cut to 2."""
-    settings = parse_config(["--checkpointing", "0", "--advantage_std=false", "--seed", "7", "--grpo-lr", "2e-4", "--out", "x"])
-    assert (settings.checkpointing, settings.advantage_std, settings.seed, settings.grpo_lr, settings.out) == (False, False, 7, 2e-4, "x")
-    assert problems("--seed", "2.5") == ["--seed 2.5: expected int"]
+    """Guards: --checkpointing 0 read as the true text "0"; --dry_run that takes the next flag."""
+    words = ["--dry_run", "--checkpointing", "0", "--advantage_std=0", "--seed", "7", "--out", "x"]
+    settings = parse_config(words)
+    assert (settings.dry_run, settings.checkpointing, settings.advantage_std) == (True, False, False)
+    assert (settings.seed, settings.out) == (7, "x")
     for field in dataclasses.fields(Config):
         assert type(getattr(settings, field.name)) is field.type, field.name
+    assert set(config.field_help()) == {field.name for field in dataclasses.fields(Config)}
 
 
 @pytest.mark.parametrize("recipe", ["3b", "7b"])
 def test_real_recipes_hold_the_papers_constants(recipe):
-    """Guards: a constant of the released GRPO script lost in an edit. Learning rates are ten times the paper's, for LoRA (ours)."""
-    got = dataclasses.asdict(parse_config(["--recipe", recipe]))
-    paper = dict(grpo_k=4, temperature=1.0, grpo_batch=256, grpo_update_batch=32, grpo_epochs=2.0, max_prompt=4096, max_response=2048,
-                 kl_coef=0.01, clip_low=0.2,
-                 clip_high=0.3, dual_clip=3.0, loss_mean="token", advantage_std=True, weight_decay=0.01, beta1=0.9, beta2=0.999,
-                 max_grad_norm=1.0,
-                 grpo_schedule="constant", grpo_warmup=0.0, dtype="bfloat16", min_pixels=262_144, stages="sft,dpo,grpo")
-    assert {name: got[name] for name in paper} == paper
-    assert [got["sft_lr"], got["dpo_lr"], got["grpo_lr"]] == pytest.approx([10 * 1e-5, 10 * 5e-7, 10 * 1e-6])
-    assert recipe.upper() in got["model"]
-    assert parse_config(["--recipe", recipe, "--grpo_k", "6"]).grpo_k == 6  # a flag goes over the recipe
+    """Guards: a constant of the released GRPO script lost in an edit. Learning rates are ten times
+    the paper's, for LoRA (ours)."""
+    got = parse_config(["--recipe", recipe])
+    paper = dict(
+        grpo_k=4,
+        temperature=1.0,
+        grpo_batch=256,
+        grpo_update_batch=32,
+        grpo_epochs=2.0,
+        max_prompt=4096,
+        max_response=2048,
+        kl_coef=0.01,
+        clip_low=0.2,
+        clip_high=0.3,
+        dual_clip=3.0,
+        loss_mean="token",
+        advantage_std=True,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        grpo_schedule="constant",
+        dtype="bfloat16",
+        min_pixels=262_144,
+        stages="sft,dpo,grpo",
+    )
+    assert {name: getattr(got, name) for name in paper} == paper
+    rates = [got.sft_lr, got.dpo_lr, got.grpo_lr]
+    assert rates == pytest.approx([10 * 1e-5, 10 * 5e-7, 10 * 1e-6])
+    assert recipe.upper() in got.model
+    assert parse_config(["--recipe", recipe, "--grpo_k", "6"]).grpo_k == 6  # a flag goes over it
+    vlm = parse_config(["--recipe", f"{recipe}-vlm"])
+    assert vlm == parse_config(["--recipe", recipe, "--method", "vlm"])
+    assert vlm.grpo_k == 5 and vlm.stages == "grpo"  # paper
 
 
 def test_folder_differs_with_the_flags():
-    """Guards: a second run with another flag that writes into, or resumes from, the first one's folder."""
-    folders = [parse_config(argv).out for argv in ([], ["--seed", "1"], ["--grpo_lr", "1e-5"], ["--recipe", "3b"], ["--model", "a/b"],
-                                                   ["--model", "a/c"])]
+    """Guards: a second run with another flag that writes into, or resumes from, the first one's."""
+    flags = (
+        [],
+        ["--seed", "1"],
+        ["--grpo_lr", "1e-5"],
+        ["--recipe", "3b"],
+        ["--model", "a/b"],
+        ["--model", "a/c"],
+    )
+    folders = [parse_config(argv).out for argv in flags]
     assert folders[0] == "out/tiny" and len(set(folders)) == len(folders)
     assert all(folder.count("/") == 1 for folder in folders)
-    for argv in (["--resume", "0"], ["--micro_tokens", "512"], ["--device", "cpu"]):  # the same run, gone on with: less memory, say
-        assert parse_config(argv).out == folders[0]
+    for argv in (["--resume", "0"], ["--micro_tokens", "512"], ["--device", "cpu"]):
+        assert parse_config(argv).out == folders[0]  # the same run, gone on with
 
 
-def test_save_config_writes_what_is_needed_to_repeat_a_run(tmp_path):
+def test_command_line():
+    """What run.sh reads; without any package, since run.sh checks the flags before it installs."""
+
+    def run(*words):
+        command = [sys.executable, "-S", "config.py", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert run("--get", "stages", "--recipe", "3b-vlm").stdout == "grpo\n"
+    assert run("--get", "dry_run", "--dry_run").stdout == "1\n"
+    assert json.loads(run("--seed", "4").stdout)["seed"] == 4
+    assert "--sft_lr" in run("--help").stdout
+    wrong = run("--grpo_k", "1")
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr and "--grpo_k 1" in wrong.stderr
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_write_whole(tmp_path):
+    """Guards: half a file under the name of a whole one, and parts that fill a full disk."""
+    path = tmp_path / "new" / "file"
+    write_whole(path, lambda part: part.write_text("old"))
+
+    def fails(part):
+        part.write_text("ha")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="file: cannot be written .*No space.*; what was there is un"):
+        write_whole(path, fails)
+    assert path.read_text() == "old" and [item.name for item in path.parent.iterdir()] == ["file"]
+
+
+def test_two_threads_write_one_file(tmp_path):
+    """Guards: a part that both write to. Two samples with one text are one file of the judge's."""
+    both = threading.Barrier(2, timeout=10)
+
+    def write(part):
+        part.write_text("x")
+        both.wait()
+
+    errors = []
+
+    def run():
+        try:
+            write_whole(tmp_path / "file", write)
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and (tmp_path / "file").read_text() == "x"
+
+
+# ---- the guard -----------------------------------------------------------------------------------
+
+
+def test_fingerprint():
+    """The same for the same values; no border between parts can move."""
+    assert fingerprint("a", 1, [0.5]) == fingerprint("a", 1, [0.5])
+    assert len({fingerprint(b"ab", b"c"), fingerprint(b"a", b"bc"), fingerprint(b"abc")}) == 3
+
+
+def test_guard_writes_what_is_needed_to_repeat_a_run(tmp_path):
     """Guards: a result that nobody can say the code, versions or settings of."""
     settings = parse_config(["--seed", "4"])
-    config.save_config(settings, tmp_path, "sft")
-    about = json.loads((tmp_path / "config.json").read_text())
-    assert about["settings"] == dataclasses.asdict(settings)
-    assert set(about["versions"]) == set(config.PACKAGES) and about["commit"] and about["python"]
+    guard(tmp_path, settings, "sft", {}, write=False)
+    assert not list(tmp_path.iterdir())
+    guard(tmp_path, settings, "sft", {"base": "1"})
+    guard(tmp_path, settings, "sft", {"records": "2"})
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert dataclasses.asdict(settings).items() <= found["settings"].items()
+    assert found["inputs"] == {"base": "1", "records": "2"}
+    assert set(found["versions"]) == set(config.PACKAGES) and found["commit"] and found["python"]
 
 
-def test_save_config_refuses_other_settings(tmp_path):
-    """Guards: a resumed stage whose second half has other settings than its first."""
-    config.save_config(parse_config(["--out", "o"]), tmp_path, "sft")
-    config.save_config(parse_config(["--out", "o", "--grpo_lr", "1e-5", "--micro_tokens", "64", "--resume", "0"]), tmp_path,
-                       "sft")  # not of this stage
-    with pytest.raises(ConfigError, match="sft_lr was .* is 0.5"):
-        config.save_config(parse_config(["--out", "o", "--sft_lr", "0.5"]), tmp_path, "sft")
-
-
-def test_every_field_has_help():
-    """Guards: a new flag without meaning, unit and source."""
-    texts = config.field_help()
-    assert [field.name for field in dataclasses.fields(Config)] == list(texts)
-    assert all(len(text) > 5 for text in texts.values())
-
-
-def test_config_needs_no_package():
-    """Guards: run.sh checks the flags before anything is installed, so config.py may import the standard library only."""
-    code = "import sys, config; sys.exit(', '.join({'torch', 'transformers', 'numpy', 'PIL', 'tqdm'} & set(sys.modules)) or 0)"
-    told = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stderr
+def test_guard_refuses_other_settings_and_inputs(tmp_path, monkeypatch):
+    """Guards: a resumed stage whose second half has other settings, data or weights."""
+    guard(tmp_path, parse_config(["--out", "o"]), "sft", {"records": "1"})
+    later = parse_config("--out p --grpo_lr 1e-5 --kl_coef 0 --micro_tokens 64 --resume 0".split())
+    guard(tmp_path, later, "sft", {"records": "1"})  # SFT does not depend on these
+    for step in ("grpo", "eval"):
+        with pytest.raises(ConfigError, match="grpo_lr was 0.0007, is 1e-05"):
+            guard(tmp_path, later, step, {})
+    other = parse_config(["--sft_lr", "0.5"])
+    with pytest.raises(ConfigError, match="sft_lr was .*, is 0.5; records was '1', is '2'"):
+        guard(tmp_path, other, "sft", {"records": "2"})
+    for step in ("build", "qibox"):
+        guard(tmp_path, other, step, {})
+        with pytest.raises(ConfigError, match="max_response was"):
+            guard(tmp_path, parse_config(["--max_response", "5"]), step, {})
+    endpoint = parse_config(["--judge", "endpoint"])
+    guard(tmp_path / "grpo", endpoint, "grpo", {})
+    monkeypatch.setenv("JUDGE_MODEL", "another")
+    with pytest.raises(ConfigError, match="JUDGE_MODEL was '.*', is 'another'"):
+        guard(tmp_path / "grpo", endpoint, "grpo", {})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": 3}', '{"other": {}}'])
-def test_damaged_settings_are_told(tmp_path, text):
-    """Guards: a traceback where the settings of an interrupted or foreign run lie."""
+def test_damaged_settings(tmp_path, text):
+    """Guards: a traceback where the settings of an interrupted or foreign run are."""
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(config.ConfigError, match="config.json: damaged"):
-        config.check_settings(config.parse_config([]), tmp_path, "sft")
+    with pytest.raises(ConfigError, match="config.json: damaged"):
+        guard(tmp_path, parse_config([]), "sft", {})
