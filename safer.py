@@ -103,8 +103,8 @@ def train_dpo(run, records):
             loss.backward()
             check_finite(run, loss, [ids[row] for row in rows])
             sums["loss"] = loss.item() * pairs
-            sums["chosen_logprob"] = policy[0::2].sum()
-            sums["rejected_logprob"] = policy[1::2].sum()
+            sums["chosen_logprob"] = policy[0::2].detach().sum()
+            sums["rejected_logprob"] = policy[1::2].detach().sum()
             add(run, **{name: (value, len(rows)) for name, value in sums.items()})
         write_metrics(run, step, pairs=pairs, **optimizer_step(run, step, steps))
 
