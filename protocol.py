@@ -211,7 +211,8 @@ def _build_graph(tools, topology):
     start, end = perception, decision
     if topology == "linear":
         edges = {first: {then} for first, then in zip(tools, tools[1:])}
-        start, end = perception & set(tools[:1]), decision & set(tools[-1:])
+        start = perception & set(tools[:1])  # none, if a trace without a plan starts elsewhere
+        end = set(tools[-1:])
     elif topology == "tree":
         (root, *leaves), reasons, _ = tools_by_tier(tools)  # plan order pairs leaf and reason
         start = {root}
