@@ -3,18 +3,22 @@
     python -m extras.bench                                       size small, one thread
     python -m extras.bench --k 4 --prompt 300,1000 --response 100,400
     python -m extras.bench --size 3b                             on a GPU
-    python -m extras.bench --size 3b --make FOLDER               a random model, for safer.py --model
+    python -m extras.bench --size 3b --make FOLDER               a random model, for safer.py
+    --model
 
-Random weights of the chosen shape, one prompt with an image, K responses of one length. An iteration is:
-sample K responses, then one update (reference pass, policy pass, clipped loss with KL, backward).
+Random weights of the chosen shape, one prompt with an image, K responses of one length. An
+iteration is: sample K responses, then one update (reference pass, policy pass, clipped loss with
+KL, backward).
 
     ours    rollout.sample and safer.update_policy, the lines that training runs
-    plain   transformers' generate with num_return_sequences; its forward over K copies of prompt and
+    plain   transformers' generate with num_return_sequences; its forward over K copies of prompt
+    and
             image, with logits at every position
     trl     GRPOTrainer with peft, gradient checkpointing off
 
-Ours and plain share one model object, and the LoRA gradients of the same responses are compared. The
-sides take turns, and each side's best time counts. Ours throughout: the papers report no speeds.
+Ours and plain share one model object, and the LoRA gradients of the same responses are compared.
+The sides take turns, and each side's best time counts. Ours throughout: the papers report no
+speeds.
 """
 
 import argparse
@@ -23,6 +27,7 @@ import tempfile
 import time
 from importlib.util import find_spec
 from types import SimpleNamespace
+from unittest import mock
 
 import PIL.Image
 import torch
@@ -37,7 +42,7 @@ import losses
 import model as qwen
 import safer
 from config import Config
-from data import Image, Prompt, markdown_table
+from data import Image, Prompt, Record, markdown_table
 from extras import toy_base
 from extras.preflight import SHAPES, shape_config
 from rollout import Trajectory, sample
@@ -114,26 +119,25 @@ def update_ours(model, prompt, responses):
     features = qwen.encode_images(model, prompt.images)
     with torch.no_grad():
         logprobs, _ = qwen.token_logprobs(model, [(prompt, responses)], features)
-    group = []
+    group = safer.Group(Record("bench", ""), "generic", 0, [])
     for number, tokens in enumerate(responses):
-        old = logprobs[number].tolist()
-        one = Trajectory(prompt, tokens, old, True, None, reward=0.0, advantage=float(number % 2))
-        group.append(one)
+        one = Trajectory(prompt, tokens, logprobs[number].tolist(), True, None, reward=0.0)
+        one.advantage = float(number % 2)
+        group.trajectories.append(one)
     run = SimpleNamespace(
-        config=Config(),
+        config=Config(micro_tokens=10**9),
         model=model,
         device=model.device,
         world=1,
         rank=0,
-        micro_tokens=10**9,
         sums={},
         bad_records=[],
-        parameters=qwen.lora_parameters(model),
     )
-    safer.update_policy(run, 0, [group], features)
+    safer.update_policy(run, 1, [group], features)
 
 
-# ---- plain ----------------------------------------------------------------------------------------
+# ---- plain
+# ----------------------------------------------------------------------------------------
 
 
 def plain_inputs(model, prompt, responses):
@@ -176,7 +180,8 @@ def update_plain(model, prompt, responses):
     banned = torch.tensor(qwen.banned_token_ids(model), device=model.device)
 
     def logprobs():
-        logits = model(**inputs, use_cache=False).logits[:, len(prompt.ids) - 1 : -1]  # (K, R, V)
+        logits = model(**inputs, use_cache=False).logits  # (K, P + R, V)
+        logits = logits[:, len(prompt.ids) - 1 : -1]  # (K, R, V)
         scores = qwen.log_softmax_banned(logits, banned, 1.0)
         return scores.gather(2, targets[..., None]).squeeze(2)  # (K, R)
 
@@ -202,18 +207,14 @@ def update_plain(model, prompt, responses):
     loss.backward()
 
 
-# ---- TRL --------------------------------------------------------------------------------------------
+# ---- TRL
+# --------------------------------------------------------------------------------------------
 
 
-def trl_side(size, device, k, prompt_length, response):
-    """A function that runs one GRPO iteration of TRL (1.16 was tried) and returns its seconds.
-
-    Raises RuntimeError when TRL worked on other lengths than the sides it is compared with.
-    """
-    import datasets
-    import peft
+def trl_processor(model):
+    """A tokenizer with one word for each id of the random model, and an image processor that leaves
+    sizes as they are."""
     import tokenizers
-    import trl
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -232,7 +233,6 @@ def trl_side(size, device, k, prompt_length, response):
                 image_processor, tokenizer, chat_template=chat_template
             )
 
-    model = random_model(size, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     words = ["<end>"] + [f"w{i}" for i in range(1, model.config.image_token_id)] + SPECIAL_TOKENS
     vocabulary = {word: i for i, word in enumerate(words)}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<end>"))
@@ -250,10 +250,25 @@ def trl_side(size, device, k, prompt_length, response):
         "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
     )
+    return ImageTextProcessor(pictures, tokenizer, chat_template=template)
+
+
+def trl_side(size, device, k, prompt_length, response):
+    """A function that runs one GRPO iteration of TRL (1.16 was tried) and returns its seconds.
+
+    Raises RuntimeError when TRL worked on other lengths than the sides it is compared with.
+    """
+    import datasets
+    import peft
+    import trl
+
+    on_gpu = device.type == "cuda"
+    model = random_model(size, torch.bfloat16 if on_gpu else torch.float32, device)
     side = math.isqrt(prompt_length // 4)  # as in make_prompt
     text = " ".join(["w1"] * (prompt_length - side * side - 2))
     picture = PIL.Image.new("RGB", (28 * side, 28 * side))
     row = {"prompt": [{"role": "user", "content": text}], "image": picture}
+    linear = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
     trainer = trl.GRPOTrainer(
         model,
         lambda completions, **_: [float(i % 2) for i in range(len(completions))],
@@ -265,34 +280,31 @@ def trl_side(size, device, k, prompt_length, response):
             beta=Config().kl_coef,
             max_steps=1,
             gradient_checkpointing=False,
-            bf16=device.type == "cuda",
-            use_cpu=device.type == "cpu",
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
             generation_kwargs={"suppress_tokens": [END, *qwen.banned_token_ids(model)]},
         ),
         datasets.Dataset.from_list([row] * k),
-        processing_class=ImageTextProcessor(pictures, tokenizer, chat_template=template),
-        peft_config=peft.LoraConfig(
-            r=16,
-            lora_alpha=32,
-            target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        ),
+        processing_class=trl_processor(model),
+        peft_config=peft.LoraConfig(r=16, lora_alpha=32, target_modules=linear),
     )
 
     def iteration():
+        """Seconds of one step by TRL's own clock."""
         trainer.train()
-        log = trainer.state.log_history
-        tokens = max(entry.get("num_tokens", 0) for entry in log)
-        if tokens != k * (prompt_length + response):
-            raise RuntimeError(f"TRL saw {tokens} tokens, {k} x {prompt_length + response} meant")
-        return max(entry.get("step_time", 0) for entry in log)
+        log = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+        if log["num_tokens"] != k * (prompt_length + response):
+            raise RuntimeError(f"TRL saw {log['num_tokens']} tokens: another case than the sides'")
+        return log["step_time"]
 
     return iteration
 
 
-# ---- measuring -----------------------------------------------------------------------------------------
+# ---- measuring
+# -----------------------------------------------------------------------------------------
 
 
 def clock(device):
@@ -320,7 +332,12 @@ def count_gflop(update, *arguments):
         forward: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
     }
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+
+    def mask(rows, keys):  # the counter cannot see causal_lower_right's own kind of tensor
+        return torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with counter, mock.patch.object(qwen, "causal_lower_right", mask):
         update(*arguments)
     return counter.get_total_flops() / 1e9
 
@@ -339,7 +356,7 @@ def race(model, args, k, prompt_length, response):
     errors = []
     for name, plain in gradients["plain"].items():
         errors.append(((gradients["ours"][name] - plain).norm() / plain.norm()).item())
-    print(f"LoRA gradients, ours against plain, largest difference of their norm: {max(errors):.1e}")
+    print(f"LoRA gradients, ours against plain: largest relative difference {max(errors):.1e}")
 
     trl = trl_side(args.size, device, k, prompt_length, response) if args.trl else None
     times = {name: [] for name in sides}
@@ -382,7 +399,8 @@ def main(argv=None):
     parser.add_argument("--prompt", type=numbers, default=[300, 1000], help="tokens, at least 16")
     parser.add_argument("--response", type=numbers, default=[100], help="tokens")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each side; the best counts")
-    parser.add_argument("--trl", type=int, default=int(bool(find_spec("trl") and find_spec("peft"))))
+    installed = find_spec("trl") and find_spec("peft")
+    parser.add_argument("--trl", type=int, default=int(bool(installed)), help="0: without TRL")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.make:
@@ -395,7 +413,7 @@ def main(argv=None):
         for prompt in args.prompt:
             for response in args.response:
                 rows += race(model, args, k, prompt, response)
-    head = ["case", "side", "sampling s", "update s", "whole s", "GFLOP of the update", "against ours"]
+    head = ["case", "side", "sampling s", "update s", "whole s", "GFLOP, update", "against ours"]
     print(markdown_table(head, rows))
 
 

@@ -7,8 +7,9 @@
     models/3b-safer/adapter-<stage>/   its parts
     models/3b-safer/README.md          the model card
 
-A stage's adapter was trained on the base with the adapters before it merged in, so adapter-dpo alone
-on the base is no model that was ever trained. adapter-sum is one, because low-rank updates add up:
+A stage's adapter was trained on the base with the adapters before it merged in, so adapter-dpo
+alone on the base is no model that was ever trained. adapter-sum is one, because low-rank updates
+add up:
 
     B1 A1 + B2 A2 = [B1 B2] [A1; A2]       ranks joined end to end
 
@@ -111,7 +112,8 @@ def sum_adapters(adapters):
 
 @torch.no_grad()
 def rounding_of_merge(model):
-    """What the weights' dtype rounds away when the adapters are merged, as a share of the update."""
+    """What the weights' dtype rounds away when the adapters are merged, as a share of the
+    update."""
     lost = 0.0
     moved = 0.0
     for layer in qwen.lora_layers(model).values():
@@ -243,8 +245,8 @@ library_name: transformers
 pipeline_tag: image-text-to-text
 ---
 # {name}: {base} after {stages}
-`model/` has the adapters merged in {dtype}. `adapter-sum/` is the same update for peft, on the base.
-`adapter-<stage>/` are its parts, each trained on the base with the parts before it merged in.
+`model/` has the adapters merged in {dtype}. `adapter-sum/` is the same update for peft, on the
+base. `adapter-<stage>/` are its parts, each trained on the base with the parts before it merged in.
 It was evaluated under this system prompt:
 > {system}
 ## Checks at export
@@ -296,11 +298,13 @@ def model_card(config, stages, checks):
     )
 
 
-# ---- command line ----------------------------------------------------------------------------------
+# ---- command line
+# ----------------------------------------------------------------------------------
 
 
 def export_run(folder, target):
-    """Write a run's adapters, merged model and card to `target`, which appears whole or not at all."""
+    """Write a run's adapters, merged model and card to `target`, which appears whole or not at
+    all."""
     config, stages = read_run(folder)
     if target.exists() and any(target.iterdir()):
         raise StageError(f"{target}: is not empty; name a new folder")
@@ -341,6 +345,7 @@ def export_run(folder, target):
 
 
 def main(argv):
+    """One run, from the command line."""
     parser = argparse.ArgumentParser(description="Export a finished run.", allow_abbrev=False)
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--to", required=True, type=Path, help="a new folder")

@@ -1,10 +1,10 @@
-"""Before a run spends hours: GPUs, model, data and judge are checked, every problem is reported at once,
-and the stages are listed with estimated memory and time.
+"""Before a run spends hours: GPUs, model, data and judge are checked, every problem is reported at
+once, and the stages are listed with estimated memory and time.
 
     python -m extras.preflight --recipe 3b --data my/data     exit status 0: all is there; 2: not
 
-The estimates follow from the model's shapes and the lengths of the recipe, by the formulas of `memory`
-and `hours`. On CUDA neither was measured. Ours throughout.
+The estimates follow from the model's shapes and the lengths of the recipe, by the formulas of
+`memory` and `hours`. On CUDA neither was measured. Ours throughout.
 """
 
 import math
@@ -248,9 +248,9 @@ def check_judge(config, recipe):
     except JudgeError as error:
         start = (
             f"\n   To start one on two GPUs (vLLM; not tried by us):"
-            f"\n     CUDA_VISIBLE_DEVICES=6,7 vllm serve {JUDGE} --tensor-parallel-size 2 --port 8000"
-            f"\n   and to train beside it:\n     GPUS=0,1,2,3,4,5 JUDGE_URL=http://localhost:8000/v1"
-            f" JUDGE_MODEL={JUDGE} bash run.sh {recipe}"
+            f"\n     CUDA_VISIBLE_DEVICES=6,7 vllm serve {JUDGE} --tensor-parallel-size 2"
+            " --port 8000\n   and to train beside it:\n     GPUS=0,1,2,3,4,5 "
+            f"JUDGE_URL=http://localhost:8000/v1 JUDGE_MODEL={JUDGE} bash run.sh {recipe}"
         )
         return "no answer", [str(error) + ("" if os.environ.get("JUDGE_URL") else start)]
 
