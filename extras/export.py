@@ -244,7 +244,7 @@ base_model: {base}
 library_name: transformers
 pipeline_tag: image-text-to-text
 ---
-# {name}: {base} after {stages}
+# {name}: {base} after {trained}
 `model/` has the adapters merged in {dtype}. `adapter-sum/` is the same update for peft, on the
 base. `adapter-<stage>/` are its parts, each trained on the base with the parts before it merged in.
 It was evaluated under this system prompt:
@@ -286,11 +286,12 @@ def model_card(config, stages, checks):
     """README.md of the export."""
     out = Path(config.out)
     data_card = Path(config.data or out / "data") / "card.json"  # build.py writes one
+    values = vars(config) | {"data": data_card.read_text() if data_card.exists() else "{}"}
     return CARD.format(
-        **vars(config) | {"data": data_card.read_text() if data_card.exists() else "{}"},
+        **values,
         name=out.name,
         base=base_folder(config),
-        stages=", ".join(stages),
+        trained=", ".join(stages),
         system=data.system_prompt("generic"),
         checks="\n".join(f"- {line}" for line in checks),
         results=results_table(out / "results.json"),

@@ -1,4 +1,5 @@
-"""Export and import: a run of a tiny random model with two adapters of unequal rank and scale, written out and read back by others."""
+"""Export: a run of a tiny random model with two adapters of unequal rank and scale, written out and
+read back by others."""
 
 import json
 import re
@@ -16,8 +17,8 @@ from extras import export  # noqa: E402
 import model as modeling  # noqa: E402
 import rollout  # noqa: E402
 from extras import toy_base  # noqa: E402
-from config import parse_config, save_config  # noqa: E402
-from trainer import StageError, load_policy  # noqa: E402
+from config import guard, parse_config  # noqa: E402
+from trainer import StageError, load_policy, read_run  # noqa: E402
 
 SHAPES = {"sft": (4, 8.0), "dpo": (6, 3.0)}  # r and alpha: scales 2 and 0.5
 
@@ -40,7 +41,7 @@ def make_run(folder, dtype="float32"):
                 parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
         modeling.save_adapter(model, folder / stage / "adapter.safetensors", {"stage": stage})
         modeling.merge_lora(model)
-        save_config(config, folder / stage, stage)
+        guard(folder / stage, config, stage, {})
     return folder
 
 
@@ -58,7 +59,7 @@ def exported(run_folder, tmp_path_factory):
 
 def check_prompt(run_folder, question="what is it?"):
     """(model, processor, a prompt with one picture) of the run with both adapters merged."""
-    model, processor = load_policy(*export.read_run(run_folder), "cpu")
+    model, processor = load_policy(*read_run(run_folder), "cpu")
     picture = data.make_image(export.PIL.Image.radial_gradient("L").convert("RGB"), "disc", processor)
     return model, processor, data.encode_prompt("be brief.", question, (picture,), processor)
 
@@ -96,7 +97,7 @@ def test_sum_of_adapters_is_exact(run_folder, exported):
 
 def test_target_pattern_names_the_language_model_only(run_folder, exported):
     """Guards: gate_proj, up_proj and down_proj of the vision tower, which have the same last names."""
-    model, _ = load_policy(export.read_run(run_folder)[0], [], "cpu")
+    model, _ = load_policy(read_run(run_folder)[0], [], "cpu")
     pattern = json.loads((exported / "adapter-sft" / "adapter_config.json").read_text())["target_modules"]
     hit = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and re.fullmatch(pattern, name)}
     assert hit == {f"model.language_model.layers.{i}.{target}" for i in range(4) for target in modeling.TARGETS}
@@ -145,12 +146,14 @@ def test_limits_dtype_and_generation_are_the_runs(exported):
 
 
 def test_card_shows_results(tmp_path):
-    """Guards: a card without numbers beside a run that has them, and rows of single kinds among the totals."""
+    """Guards: a card without numbers beside a run that has them, and rows of single kinds among the
+    totals."""
     cell = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 8}
-    row = {"stage": "sft", "prompt": "generic", "kind": "all", "n": 8, **dict.fromkeys(export.tables.CELLS, cell),
-           "safety": cell, "helpfulness": cell | {"value": 0.25}, "rigor": cell | {"value": None}}
+    row = {"stage": "sft", "prompt": "generic", "benchmark": "all", "kind": "all", "n": 8}
+    row |= {"safety": cell, "helpfulness": cell | {"value": 0.25}, "rigor": cell | {"value": None}}
     (tmp_path / "results.json").write_text(json.dumps([row, row | {"kind": "bait", "n": 3}]))
-    assert export.results_table(tmp_path / "results.json").splitlines()[2:] == ["| sft | generic | all | 8 | 50.0 | 25.0 | - |"]
+    lines = export.results_table(tmp_path / "results.json").splitlines()[2:]
+    assert lines == ["| sft | generic | all | 8 | 50.0 | 25.0 | - |"]
 
 
 def test_rounding_of_a_merge_by_hand():
@@ -179,10 +182,10 @@ def test_what_is_refused_at_export(run_folder, exported, tmp_path, monkeypatch, 
     """Guards: an export over other files, one of a run without a stage, a template that renders another prompt, remains of a try."""
     with pytest.raises(StageError, match="is not empty"):
         export.main([str(run_folder), "--to", str(exported)])
-    with pytest.raises(StageError, match="no stage is finished"):
+    with pytest.raises(StageError, match="no stage is not finished"):
         export.main([str(tmp_path), "--to", str(tmp_path / "out")])
     with pytest.raises(StageError, match="grpo is not finished .finished: sft, dpo"):
-        export.read_run(run_folder, "grpo")
+        read_run(run_folder, "grpo")
     monkeypatch.setattr(export, "CHAT_TEMPLATE", export.CHAT_TEMPLATE.replace("assistant\n", "assistant"))
     with pytest.raises(StageError, match="another prompt than training used"):
         export.main([str(run_folder), "--to", str(tmp_path / "out")])
@@ -206,80 +209,3 @@ def test_written_model_that_is_another_is_refused(run_folder, tmp_path, monkeypa
     with pytest.raises(StageError, match="differ from the run's"):
         export.main([str(run_folder), "--to", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-
-
-def test_import_gives_back_what_was_exported(run_folder, exported, tmp_path):
-    """Guards: A and B swapped, alpha lost, a file that load_adapter does not take; and older names without `language_model`."""
-    source = tmp_path / "peft"
-    source.mkdir()
-    (source / "adapter_config.json").write_text((exported / "adapter-dpo" / "adapter_config.json").read_text())
-    tensors = load_file(exported / "adapter-dpo" / "adapter_model.safetensors")
-    older = {name.replace("language_model.", ""): tensor.to(torch.float64) for name, tensor in tensors.items()}
-    save_file(older, source / "adapter_model.safetensors")
-    export.main(["import", str(source), "--to", str(tmp_path / "x" / "sft")])
-    mine, header = modeling.read_adapter(tmp_path / "x" / "sft" / "adapter.safetensors")
-    theirs, _ = modeling.read_adapter(run_folder / "dpo" / "adapter.safetensors")
-    assert (header["r"], header["alpha"]) == SHAPES["dpo"] and mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    model, _ = load_policy(export.read_run(run_folder)[0], [], "cpu")
-    assert modeling.load_adapter(model, tmp_path / "x" / "sft" / "adapter.safetensors")[0].startswith("56 of 56 tensors")
-    with pytest.raises(modeling.ModelError, match="without an adapter"):
-        export.main(["import", str(source), "--to", str(tmp_path / "x" / "sft")])
-    with pytest.raises(StageError, match="writes the settings and trains nothing"):
-        export.read_run(tmp_path / "x")
-
-
-@pytest.mark.parametrize("change, told", [
-    ({"use_dora": True}, "use_dora=True"), ({"bias": "all"}, "bias='all'"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"use_rslora": True}, "use_rslora=True"), ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-    ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-    ({"peft_type": "IA3"}, "peft_type is IA3"), ({"r": 5}, "not of rank 5"), ({"lora_alpha": None}, "lora_alpha is None"),
-    ({"some_new_switch": 1}, "some_new_switch=1")])
-def test_import_refuses_other_adapters_by_name(exported, tmp_path, change, told):
-    """Guards: an adapter that loads and computes something else than it did in peft."""
-    settings = json.loads((exported / "adapter-sft" / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
-    (tmp_path / "adapter_model.safetensors").symlink_to(exported / "adapter-sft" / "adapter_model.safetensors")
-    with pytest.raises(modeling.ModelError, match=re.escape(told)):
-        export.import_peft(tmp_path, tmp_path / "x" / "sft")
-    assert not (tmp_path / "x").exists()
-
-
-def test_import_refuses_other_maps(exported, tmp_path):
-    """Guards: a vision adapter that is dropped, and a map without adapter that starts from nothing."""
-    (tmp_path / "adapter_config.json").symlink_to(exported / "adapter-sft" / "adapter_config.json")
-    tensors = load_file(exported / "adapter-sft" / "adapter_model.safetensors")
-    gone = "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight"
-    tensors["base_model.model.model.visual.blocks.0.mlp.up_proj.lora_A.weight"] = tensors.pop(gone)
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(modeling.ModelError) as caught:
-        export.import_peft(tmp_path, tmp_path / "sft")
-    assert "visual.blocks.0.mlp.up_proj.lora_A.weight is not in one of" in str(caught.value)
-    assert "layers.1.self_attn.q_proj.A is missing" in str(caught.value)
-
-
-def test_peft_itself_loads_them(run_folder, exported, tmp_path):
-    """Guards: names or scales that peft reads otherwise. Needs peft, which is no requirement of this project."""
-    peft = pytest.importorskip("peft")
-    model, _, prompt = check_prompt(run_folder)
-    ours = export.own_logits(model, prompt)
-
-    def base():
-        return Qwen2_5_VLForConditionalGeneration.from_pretrained(run_folder / "base", dtype=torch.float32).eval()
-
-    for name in ("adapter-sft", "adapter-dpo", "adapter-sum"):  # no tensor of peft's is missing from our files, and none is left over
-        config = peft.PeftConfig.from_pretrained(exported / name)
-        empty = peft.get_peft_model(base(), config)
-        assert peft.get_peft_model_state_dict(empty).keys() == load_file(exported / name / "adapter_model.safetensors").keys()
-    together = peft.PeftModel.from_pretrained(base(), exported / "adapter-sum")
-    assert (export.stock_logits(together, prompt) - ours).abs().max() < 1e-4
-    stacked = peft.PeftModel.from_pretrained(base(), exported / "adapter-sft", adapter_name="sft")
-    stacked.load_adapter(exported / "adapter-dpo", adapter_name="dpo")
-    stacked.base_model.set_adapter(["sft", "dpo"])
-    assert (export.stock_logits(stacked, prompt) - ours).abs().max() < 1e-4
-    assert (export.stock_logits(base(), prompt) - ours).abs().max() > 0.1  # the adapters do something
-    together.save_pretrained(tmp_path / "theirs")  # and back: a folder that peft itself wrote
-    export.main(["import", str(tmp_path / "theirs"), "--to", str(tmp_path / "x" / "sft")])
-    policy, _ = load_policy(export.read_run(run_folder)[0], [], "cpu")
-    modeling.load_adapter(policy, tmp_path / "x" / "sft" / "adapter.safetensors")
-    assert (export.own_logits(policy, prompt) - ours).abs().max() < 1e-4
