@@ -148,7 +148,7 @@ def read_run(out, last=None):
     finished = [stage for stage in STAGES if (Path(out) / stage / "adapter.safetensors").exists()]
     if not finished or last not in (None, *finished):
         names = ", ".join(finished) or "none"
-        raise StageError(f"{out}: {last or 'no stage'} is not finished (finished: {names})")
+        raise StageError(f"{out}: no finished {last or 'stage'} (finished: {names})")
     last = last or finished[-1]
     path = Path(out) / last / "config.json"
     try:

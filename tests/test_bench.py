@@ -61,7 +61,7 @@ def test_flop_of_the_prompt_are_counted_once(model):
     ours = bench.count_gflop(bench.update_ours, model, prompt, responses)
     plain = bench.count_gflop(bench.update_plain, model, prompt, responses)
     bench.take_gradients(model)
-    assert 3 < plain / ours < 8
+    assert plain > 5 * ours
 
 
 def test_a_random_folder_is_a_model_folder(tmp_path):

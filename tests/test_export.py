@@ -182,9 +182,9 @@ def test_what_is_refused_at_export(run_folder, exported, tmp_path, monkeypatch, 
     """Guards: an export over other files, one of a run without a stage, a template that renders another prompt, remains of a try."""
     with pytest.raises(StageError, match="is not empty"):
         export.main([str(run_folder), "--to", str(exported)])
-    with pytest.raises(StageError, match="no stage is not finished"):
+    with pytest.raises(StageError, match="no finished stage"):
         export.main([str(tmp_path), "--to", str(tmp_path / "out")])
-    with pytest.raises(StageError, match="grpo is not finished .finished: sft, dpo"):
+    with pytest.raises(StageError, match="no finished grpo .finished: sft, dpo"):
         read_run(run_folder, "grpo")
     monkeypatch.setattr(export, "CHAT_TEMPLATE", export.CHAT_TEMPLATE.replace("assistant\n", "assistant"))
     with pytest.raises(StageError, match="another prompt than training used"):
