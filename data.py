@@ -204,7 +204,7 @@ def read_records(path, kind):
         seen.setdefault(name, where)
         problems += [f"{where}: {fault}" for fault in faults]
         if not faults:
-            paths = tuple(str(path.parent / image) for image in row.get("images", []))
+            paths = tuple(str(path.parent / image) for image in row.get("images") or [])
             texts = {key: value for key, value in row.items() if key not in TYPES}
             meta = row.get("meta") or {}
             records.append(Record(name, row["question"], paths, plan, meta, texts, where))
