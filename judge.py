@@ -16,6 +16,7 @@ also for benign ones; ours says that it may or may not be. No torch in this file
 """
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import io
@@ -24,10 +25,10 @@ import math
 import os
 import pathlib
 import re
+import socket
 import threading
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -196,7 +197,7 @@ def parse_reply(text, record):
     for match in re.finditer(r"\{[^{}]*\}", draftless):  # our objects are flat
         try:
             pairs = json.loads(match.group(), object_pairs_hook=list)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         given = [(name, value) for name, value in pairs if name in scales]
         if given and given not in found:
@@ -306,14 +307,6 @@ def stop_if_all_failed(results, message):
         raise JudgeError(message)
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        """A redirect is a status like any other: following it would carry the key elsewhere."""
-
-
-OPENER = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler({}))
-
-
 class EndpointJudge:
     """A judge behind any OpenAI-compatible /chat/completions. Threads may share one.
 
@@ -377,13 +370,12 @@ class EndpointJudge:
         def ask(case):
             try:
                 urls = [encode(path) for path in case.images]
-                messages = judge_messages(record, case.question, urls, case.check.text)
-                return self.chat(messages, partial(parse_reply, record=record))
-            except Fault:  # counted where it was raised
-                return None
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 self._count("failed: image", f"{case.images}: {error}")
                 return None
+            messages = judge_messages(record, case.question, urls, case.check.text)
+            with contextlib.suppress(Fault):  # counted where it was raised
+                return self.chat(messages, partial(parse_reply, record=record))
 
         with ThreadPoolExecutor(self.threads) as pool:
             results = list(pool.map(ask, cases))
@@ -404,7 +396,7 @@ class EndpointJudge:
                 value = parse(json.loads(path.read_text())["reply"])
                 self._count("cached")
                 return value
-            except (OSError, ValueError, KeyError, TypeError, Fault):
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, Fault):
                 pass  # as good as missing: it is written anew
         for attempt in range(self.retries + 1):
             if self.failed_in_a_row >= FATAL_ROW:
@@ -459,29 +451,42 @@ class EndpointJudge:
         return text
 
     def _send(self, body):
-        """(status, headers, body) of one HTTP exchange that ends soon after `timeout`."""
+        """(status, headers, body) of one HTTP exchange that ends within `timeout`.
+
+        A socket's own limit starts anew with every byte, so an alarm ends a server that drips.
+        """
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        deadline = time.monotonic() + self.timeout
-        payload = b""
+        address = urllib.parse.urlsplit(self.url)
+        secure = address.scheme == "https"
+        connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        late = threading.Event()
+
+        def cut():
+            late.set()
+            with contextlib.suppress(OSError):  # closed meanwhile: the exchange is over
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # wakes the reader, under TLS too
+
+        alarm = threading.Timer(self.timeout, cut)
+        failure = None
         try:
-            request = urllib.request.Request(self.url, body, headers)
-            try:
-                answer = OPENER.open(request, timeout=self.timeout)
-            except urllib.error.HTTPError as error:
-                answer = error  # a status other than 200; it is read in the same way
-            with answer:
-                while chunk := answer.read1(65536):
-                    payload += chunk
-                    if time.monotonic() > deadline:  # the socket's own limit starts anew each time
-                        raise TimeoutError
-            return answer.status, answer.headers, payload
+            with contextlib.closing(connect(address.netloc, timeout=self.timeout)) as connection:
+                connection.connect()
+                sock = connection.sock
+                alarm.start()
+                connection.request("POST", address.path, body, headers)
+                answer = connection.getresponse()
+                payload = answer.read()
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if isinstance(getattr(error, "reason", error), TimeoutError):
-                message = f"no complete answer within {self.timeout:g} s"
-                raise Fault("timeout", message) from error
-            raise Fault("connection", f"{type(error).__name__}: {error}") from error
+            failure = error
+        finally:
+            alarm.cancel()
+        if late.is_set() or isinstance(failure, TimeoutError):  # a cut body can look whole
+            raise Fault("timeout", f"no complete answer within {self.timeout:g} s") from failure
+        if failure:
+            raise Fault("connection", f"{type(failure).__name__}: {failure}") from failure
+        return answer.status, answer.headers, payload
 
     def _count(self, what, message=""):
         """Count; a failed request lengthens the row of failures, a good one ends it."""
