@@ -1,4 +1,4 @@
-"""Several ranks, kills, signals, full disks, two runs in one folder, the same command twice: it ends
+"""Several ranks, kills, signals, full disks, two runs in a folder, the same command twice: it ends
 at the same bits, or says why not.
 
 Everything runs in processes forked from one that has imported torch, has one thread, and is no
@@ -190,14 +190,14 @@ def talk():
 
 
 def spoil():
-    """The last rank's second micro-batch has a loss of NaN: all ranks raise, and name the record."""
+    """The last rank's second micro-batch has a loss of NaN: all ranks raise and name the record."""
     run = bare_run()
     for number in range(2):
         factor = float("nan") if run.rank == run.world - 1 and number == 1 else 1.0
         loss = (run.parameters["x"] * factor).sum()
         loss.backward()
         trainer.check_finite(run, loss, [f"record-{run.rank}-{number}"])
-    message = r"gradient norm of step 7 is nan, from records record-1-1 \(loss nan\); the last check"
+    message = r"gradient norm of step 7 is nan, from records record-1-1 \(loss nan\); the last"
     with pytest.raises(trainer.StageError, match=message):
         trainer.optimizer_step(run, 7, 10)
 
@@ -367,7 +367,7 @@ def kills(folder, count="3"):
         spoil_logs(killed)
     seen["killed"] = [*codes, ended(curriculum, killed)]
 
-    one = place(folder, "saving")  # 1, 2: config.json; 3: the checkpoint is written, 4: has its name
+    one = place(folder, "saving")  # 1, 2: config.json; 3: a checkpoint is written, 4: has a name
     seen["saving"] = [ended(killed_while_saving, one, count) for count in (3, 4)]
     seen["saving"].append(ended(curriculum, one, ["sft"]))
 
@@ -454,13 +454,13 @@ def test_full_disk(survived):
     folder, seen, log = survived
     files = ["checkpoint.safetensors", "config.json", "lock", "metrics.jsonl"]
     assert seen["full"] == [1, files, 0], log[-3000:]
-    sentence = r"full/sft/checkpoint.safetensors: cannot be written \(.*\); what was there is unchang"
+    sentence = r"full/sft/checkpoint.safetensors: cannot be written \(.*\); what was there is un"
     assert re.search(sentence, log)
     same(folder / "straight", folder / "full", ["sft"])
 
 
 def test_second_run_in_one_folder(survived):
-    """Guards: two runs that write over each other. (No lock outlives its process: see the kills.)"""
+    """Guards: two runs that write over each other. (No lock outlives its process: the kills.)"""
     folder, seen, log = survived
     assert seen["twice"] == [1, 0], log[-3000:]
     assert "twice/sft: another process is at work here; wait for it" in log
