@@ -497,30 +497,31 @@ def group_attention(sizes, i, q, k, v):
     repeat = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(repeat, dim=1)  # (N, H, D); not every CUDA kernel takes grouped heads
     v = v.repeat_interleave(repeat, dim=1)
-    out = []
-    start = 0
+    spans = []
     for prompt, responses in sizes:
-        alone = len(responses) == 1  # then prompt and response are one causal sequence
-        end = start + prompt + (responses[0] if alone else 0)
-        first = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]  # (1, H, P, D) each
+        if len(responses) == 1:  # prompt and response are one causal sequence
+            spans.append(prompt + responses[0])
+        else:
+            spans += [prompt, sum(responses)]
+    # one split, since the backward pass of each slice would fill a tensor as large as all of q
+    parts = zip(q.split(spans), k.split(spans), v.split(spans))
+    out = []
+    for prompt, responses in sizes:
+        first = [x.transpose(0, 1)[None] for x in next(parts)]  # (1, H, P, D) each
         seen = F.scaled_dot_product_attention(*first, is_causal=True)
         out.append(seen[0].transpose(0, 1))  # (P, H, D)
-        start = end
-        if any(responses) and not alone:
-            end = start + sum(responses)
-            rows = []
-            for x in (q, k, v):
-                own = pad_sequence(x[start:end].split(responses), batch_first=True)  # (K, R, H, D)
-                rows.append(own.transpose(1, 2))  # (K, H, R, D)
+        own = next(parts) if len(responses) != 1 else None
+        if own and any(responses):
+            rows = [pad_sequence(x.split(responses), batch_first=True) for x in own]
+            rows = [x.transpose(1, 2) for x in rows]  # (K, H, R, D) each
             keys, values = (
-                torch.cat([shared.expand(len(responses), -1, -1, -1), own], dim=2)
-                for shared, own in zip(first[1:], rows[1:])
+                torch.cat([shared.expand(len(responses), -1, -1, -1), x], dim=2)
+                for shared, x in zip(first[1:], rows[1:])
             )  # (K, H, P + R, D)
             bias = causal_lower_right(rows[0].shape[2], keys.shape[2])
             seen = F.scaled_dot_product_attention(rows[0], keys, values, attn_mask=bias)
             for row, length in zip(seen.transpose(1, 2), responses):
                 out.append(row[:length])
-            start = end
     return torch.cat(out).flatten(1)
 
 
