@@ -452,13 +452,10 @@ def write_samples(run, groups, step):
 
 
 def records_path(config, stage):
-    """The file that a stage trains on: GRPO's may be curated by qibox.py."""
-    curated = Path(config.out) / "qibox" / "grpo.jsonl"
-    if stage != "grpo" or config.curate == "none":
-        return set_path(config.data or os.path.join(config.out, "data"), stage)
-    if not curated.exists():
-        raise StageError(f"{curated} is missing: run `python qibox.py` with the same flags first")
-    return curated
+    """The file that a stage trains on: GRPO's may be the one that qibox.py curated."""
+    if stage == "grpo" and config.curate != "none":
+        return Path(config.out) / "qibox" / "grpo.jsonl"
+    return set_path(config.data or os.path.join(config.out, "data"), stage)
 
 
 def main(argv):
@@ -473,7 +470,6 @@ def main(argv):
     path = adapter_path(config, stage)
     if path.exists():
         guard(path.parent, config, stage, {}, write=False)
-        path.with_name("checkpoint.safetensors").unlink(missing_ok=True)  # of a kill right then
         return print(f"{stage}: {path.parent} is finished already")
     if stage == "grpo" and config.judge == "endpoint":
         make_judge(config).preflight()  # before the weights are loaded

@@ -199,8 +199,7 @@ def open_run(config, stage, records):
     merge_stages(config, policy, before)
     for name in before:
         inputs[f"{name} adapter"] = adapter_fingerprint(adapter_path(config, name))
-    if rank == 0:
-        guard(folder, config, stage, inputs)
+    guard(folder, config, stage, inputs, write=rank == 0)  # all ranks leave, or none
     model.attach_lora(policy, config.lora_r, config.lora_alpha, config.seed)
     parameters = model.lora_parameters(policy)
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=config.weight_decay)
@@ -399,9 +398,9 @@ def encode_images(run, groups):
     """{image key: features} of all images of these groups, each encoded once."""
     if sum(part.nbytes for part in run.features.values()) > FEATURE_BYTES:
         run.features = {}
-    for prompt, _ in groups:
-        new = [image for image in prompt.images if image.key not in run.features]
-        run.features |= model.encode_images(run.model, new)
+    images = sum([prompt.images for prompt, _ in groups], ())
+    new = [image for image in images if image.key not in run.features]
+    run.features |= model.encode_images(run.model, new)
     return run.features
 
 
@@ -448,9 +447,7 @@ def steps_of(run, steps):
     def note(number, frame):
         run.stop = number
 
-    handlers = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.signal(number, note)
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     done = run.first_step
     stop = 0
     run.bar = tqdm(initial=done, total=steps, desc=run.stage, disable=run.rank > 0, mininterval=1)
