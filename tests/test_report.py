@@ -160,8 +160,9 @@ def test_cases_carry_the_checkers_sentences(tmp_path):
     text = report.page(report.read_run(folder))
     (case,) = embedded_cases(text)
     answer = case["answers"]["generic"]["sft"]
-    assert [len(step[2]) for step in answer["steps"]] == [1, 0]
-    assert answer["steps"][0][2][0].startswith("bad-type")
+    first, second = answer["steps"]
+    assert [text.split(":")[0] for text in first[2]] == ["bad-type"]
+    assert [text.split(":")[0] for text in second[2]] == ["bad-end"]
     assert any(sentence.startswith("missing-tier") for sentence in answer["rest"])
     assert ["VISUAL-SCAN", "INTENT-RADAR"] in case["plan"]["edges"]
     assert case["plan"]["start"] == ["VISUAL-SCAN"] and case["plan"]["end"] == ["SAFETY-GATE"]
