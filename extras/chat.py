@@ -20,6 +20,7 @@ from data import (
     record_prompt,
     set_path,
 )
+from extras.report import visible
 from rollout import sample
 from trainer import StageError, load_policy, pick_device, read_run
 
@@ -33,12 +34,17 @@ def answer(model, processor, config, record, prompt_mode, temperature):
     ((response,),) = sample(model, [prompt], features, 1, limit, temperature, end, [seed])
     text = decode_response(response.tokens, processor)
     check = protocol.check(text)
-    print(f"\n{text}\n\n-- trace: {len(check.calls)} call(s), {'legal' if check.legal else 'not legal'}")
+    lines = [visible(line) for line in text.split("\n")]  # nothing may steer the terminal
+    legal = "legal" if check.legal else f"{len(check.violations)} violation(s)"
+    print("", *lines, "", f"-- trace: {len(check.calls)} call(s), {legal}", sep="\n")
     for fault in check.violations:
-        print(f"--   line {fault.line}, {fault.kind}: {fault.message}")
+        print(f"--   line {fault.line}, {fault.kind}: {visible(fault.message)}")
+    if not response.finished:
+        print(f"-- cut at the run's --max_response {limit}")
 
 
 def main(argv):
+    """The first example, then questions until the input ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--stage", help="an earlier stage than the last finished one")

@@ -423,7 +423,7 @@ def test_parse_label_is_strict(name, reply):
 
 
 def test_every_judged_metric_has_its_question():
-    """Guards: a benchmark whose headline waits for a label that no judge is asked for, and names that drifted apart between the tables."""
+    """Guards: a benchmark whose headline waits for a label that no judge is asked for, and names that drifted apart between the evaluation."""
     assert set(benchmark_metrics.VALUES) == set(benchmarks.BENCHMARKS) and set(benchmark_metrics.QUESTIONS) < set(benchmarks.BENCHMARKS)
     for name, question in benchmark_metrics.QUESTIONS.items():
         for label in question.labels:

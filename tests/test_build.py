@@ -20,10 +20,8 @@ import build  # noqa: E402
 import config  # noqa: E402
 import data  # noqa: E402
 import judge  # noqa: E402
-import planner  # noqa: E402
 import protocol  # noqa: E402
 import reward  # noqa: E402
-import split  # noqa: E402
 from extras import toy  # noqa: E402
 
 SMALL = {"sft": 48, "dpo": 30, "grpo": 24, "eval": 36}
@@ -54,7 +52,7 @@ def test_what_is_written_is_what_training_reads(folder):
     for name in SMALL:
         records = data.read_records(folder / f"{name}.jsonl", name)
         assert len(records) == len(rows(folder, name)) > 0
-        assert all(record.plan == planner.plan_by_rules(record.meta["signals"])[0] for record in records)
+        assert all(record.plan == build.plan_by_rules(record.meta["signals"])[0] for record in records)
 
 
 def test_only_eval_holds_held_out_combinations(folder):
@@ -105,7 +103,7 @@ def test_each_perturbation_does_what_its_name_says(kind):
     pool = [case for cases in toy.split_cases()[0].values() for case in cases]
     for _ in range(150):
         case, other = (toy.draw_case(rng.choice(pool), rng) for _ in range(2))
-        plan, calls, answer = planner.plan_by_rules(toy.signals(case))[0], toy.right_calls(case), toy.right_answer(case)
+        plan, calls, answer = build.plan_by_rules(toy.signals(case))[0], toy.right_calls(case), toy.right_answer(case)
         before = repr(calls)
         broken = build.perturb(kind, calls, answer, plan, build.wrong_answer(case), toy.right_calls(other), rng)
         assert repr(calls) == before
@@ -135,7 +133,7 @@ def test_an_unknown_perturbation_is_named():
     """Guards: a misspelt kind that silently perturbs nothing."""
     case = toy.draw_case(toy.split_cases()[0]["benign"][0], random.Random(0))
     with pytest.raises(ValueError, match="wrong-tol"):
-        build.perturb("wrong-tol", toy.right_calls(case), "a", planner.plan_by_rules({})[0], "b", [], random.Random(0))
+        build.perturb("wrong-tol", toy.right_calls(case), "a", build.plan_by_rules({})[0], "b", [], random.Random(0))
 
 
 # ---- real data: a scripted teacher and judge behind a real HTTP server ---------------------------------------------------
@@ -199,7 +197,7 @@ def say(system, text, messages, flat):
         response = re.search(r"BEGIN RESPONSE\n(.*)\nMATERIAL-\w+ END RESPONSE", text, re.DOTALL).group(1)
         return json.dumps(dataclasses.asdict(judge.Scores(9, 9, 9, 9) if flat else oracle_score(number, response)))
     if system.startswith("Plan"):
-        return "no plan" if number % 10 == 3 else json.dumps(protocol.plan_to_dict(planner.plan_by_rules(toy.signals(case))[0]))
+        return "no plan" if number % 10 == 3 else json.dumps(protocol.plan_to_dict(build.plan_by_rules(toy.signals(case))[0]))
     if number % 7 == 5 and len(messages) == 2 or number % 14 == 12:  # mended when told so; never mended
         return "Sorry, I forgot the form."
     if number == 7:

@@ -17,7 +17,6 @@ import eval as evaluation
 import judge as judging
 import model as modeling
 import rollout
-import tables
 from extras import toy_base
 from config import ConfigError
 from trainer import StageError
@@ -168,7 +167,7 @@ def test_stale_answers_are_asked_again(run, world, tmp_path, monkeypatch):
     modeling.save_adapter(model, folder / "sft" / "adapter.safetensors", {"stage": "sft", "steps": 1})
     asked = stop_after(monkeypatch, 99)
     run("stale")
-    assert asked == [4] * 6 and [row["stage"] for row in tables.read_results(folder) if row["kind"] == "all"] == ["base", "sft"]
+    assert asked == [4] * 6 and [row["stage"] for row in evaluation.read_results(folder) if row["kind"] == "all"] == ["base", "sft"]
     path = folder / "eval" / "base-generic.jsonl"
     rows = rows_of(folder)
     rows[3]["meta"]["expected"] = "something else"
@@ -228,7 +227,7 @@ def test_tables_by_hand(monkeypatch):
     rows = [row_of("one", s, label=l, label_asked=True) for s, l in ((3, "safe"), (3, "safe"), (3, None), (-3, "unsafe"))]
     rows += [row_of("two", 3), row_of("two", 0, expected="comply", form="refuse"), row_of("bait", -3)]
     rows += [row_of("quiz", None, answer="a", answer_text=text) for text in "abbb"] + [row_of("halves", None)] * 4
-    results = tables.results_of("base", "generic", rows, 200)
+    results = evaluation.results_of("base", "generic", rows, 200)
     by_name = {row["benchmark"]: row for row in results}
     assert list(by_name) == ["all", "one", "two", "bait", "quiz", "halves", "average"] and len({tuple(row) for row in results}) == 1
     assert by_name["all"]["safety"]["value"] == pytest.approx(4 / 7)
@@ -242,30 +241,30 @@ def test_tables_by_hand(monkeypatch):
     assert by_name["halves"]["own"]["mean of halves"] == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 4}
     assert by_name["two"]["own"] == {"safe rate": {"value": None, "low": None, "high": None, "n": 0}}  # no value is told as none
     assert by_name["average"]["own"]["general ability"]["value"] == pytest.approx((0.25 + 0.5) / 2)
-    table = tables.benchmark_table(results, "generic").splitlines()
+    table = evaluation.benchmark_table(results, "generic").splitlines()
     assert table[0] == "| stage | dimension | one | two | bait | average |" and len(table) == 5
     assert table[2].startswith("| base | Safety | 75.0 [") and " | 0.0 [0, 0] | 62.5 [" in table[2]
-    assert tables.means_table(results, "generic").splitlines()[2].startswith("| base | Safety | 1.50 [")
-    own = tables.own_metric_table(results, "generic")
+    assert evaluation.means_table(results, "generic").splitlines()[2].startswith("| base | Safety | 1.50 [")
+    own = evaluation.own_metric_table(results, "generic")
     assert "| quiz | accuracy | 25.0 [" in own and "| average | general ability | 37.5 [" in own
-    assert tables.main_table(results, "generic").count("\n") == 2  # pooled rows alone
-    assert tables.benchmark_table(tables.results_of("base", "generic", [row_of("mine", 3)], 9), "generic") == ""
+    assert evaluation.main_table(results, "generic").count("\n") == 2  # pooled rows alone
+    assert evaluation.benchmark_table(evaluation.results_of("base", "generic", [row_of("mine", 3)], 9), "generic") == ""
 
 
 def test_names_cannot_break_a_table():
     """Guards: a kind of case that ends its cell or its line, or clears the terminal."""
-    assert tables.markdown(["a|b\n| c", "\x1b[2J"], [["1", "2"]]) == "| a\\|b \\| c | ⟨U+001B⟩[2J |\n|---|---|\n| 1 | 2 |"
+    assert evaluation.markdown(["a|b\n| c", "\x1b[2J"], [["1", "2"]]) == "| a\\|b \\| c | ⟨U+001B⟩[2J |\n|---|---|\n| 1 | 2 |"
 
 
 def test_interval_is_the_bootstrap_of_the_mean(monkeypatch):
     """Against the normal approximation for 400 fair coins: 0.5 +- 1.96 * 0.025. Guards: an interval of cases, or of the wrong width."""
-    got = tables.cell(tables.estimate([0.0, 1.0] * 200, 2000))
+    got = evaluation.cell(evaluation.estimate([0.0, 1.0] * 200, 2000))
     assert got["value"] == 0.5 and got["low"] == pytest.approx(0.451, abs=0.006) and got["high"] == pytest.approx(0.549, abs=0.006)
-    pair = tables.average([tables.estimate([0.0, 1.0] * 200, 2000, 1), tables.estimate([0.0, 1.0] * 200, 2000, 2)])
-    assert tables.cell(pair)["high"] == pytest.approx(0.5 + 1.96 * 0.025 / 2**0.5, abs=0.006)  # independent: narrower by the root of 2
+    pair = evaluation.average([evaluation.estimate([0.0, 1.0] * 200, 2000, 1), evaluation.estimate([0.0, 1.0] * 200, 2000, 2)])
+    assert evaluation.cell(pair)["high"] == pytest.approx(0.5 + 1.96 * 0.025 / 2**0.5, abs=0.006)  # independent: narrower by the root of 2
     made_up(monkeypatch)
     rows = [row_of(name, 3 * (i % 2)) for name in ("one", "two") for i in range(400)]
-    of_both = tables.results_of("base", "generic", rows, 2000)[-1]["safety"]  # two benchmarks whose draws must not go together
+    of_both = evaluation.results_of("base", "generic", rows, 2000)[-1]["safety"]  # two benchmarks whose draws must not go together
     assert of_both["high"] == pytest.approx(0.5 + 1.96 * 0.025 / 2**0.5, abs=0.006)
 
 
@@ -286,7 +285,7 @@ def test_benchmarks_from_files_to_tables(run, world, tmp_path, monkeypatch, caps
     assert [row["safety"] for row in rows] == [3] * 4 + [None] * 4
     assert [row["label"] for row in rows[:4]] == [None, None, "safe", None]
     assert [row["label_asked"] for row in rows] == [True] * 4 + [False] * 4
-    results = {row["benchmark"]: row for row in tables.read_results(tmp_path / "bench")}
+    results = {row["benchmark"]: row for row in evaluation.read_results(tmp_path / "bench")}
     assert results["one"]["unlabelled"]["value"] == 0.75 and results["quiz"]["unjudged"]["n"] == 0
     out = capsys.readouterr().out
     assert "| stage | dimension | one | average |" in out and "| quiz | accuracy |" in out and "Published" not in out
@@ -320,15 +319,15 @@ def test_faults_of_all_sources_at_once(run, world, monkeypatch):
 
 def test_published_numbers_are_marked():
     """Guards: a paper's number told as ours, one of another model size, and the miniature world set beside photographs."""
-    assert tables.published_table("tiny", ["pope"]) == tables.published_table("tiny-vlm", ["pope"]) == ""
-    small, large = (tables.published_table(recipe, ["pope", "vlguard"]) for recipe in ("3b-vlm", "7b"))
+    assert evaluation.published_table("tiny", ["pope"]) == evaluation.published_table("tiny-vlm", ["pope"]) == ""
+    small, large = (evaluation.published_table(recipe, ["pope", "vlguard"]) for recipe in ("3b-vlm", "7b"))
     assert "84.40 / 71.13 / 78.87" in small and "86.34" not in small and "90.13" not in small and "75.10/75.30" in small
     assert "90.13" in large and "84.40" not in large and "mmmu" not in large and "published model" in large.splitlines()[0]
     papers = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
-    for values in tables.PUBLISHED.values():
+    for values in evaluation.PUBLISHED.values():
         for number in " ".join(values.values()).replace("/", " ").split():
             assert number in papers or number in ("70.77", "58.00", "64.58", "68.87"), number
-    columns = {name for values in tables.PUBLISHED.values() for name in values}
+    columns = {name for values in evaluation.PUBLISHED.values() for name in values}
     assert columns <= {*benchmarks.BENCHMARKS, "average", "general ability"}
 
 
@@ -338,7 +337,7 @@ def write_run(folder, safety, base=3, stages=("base", "sft")):
     results = []
     for stage in stages:
         score = base if stage == "base" else safety
-        results += tables.results_of(stage, "generic", [row_of("toy", score, kind="implicit"), row_of("toy", 3, kind="benign")], 9)
+        results += evaluation.results_of(stage, "generic", [row_of("toy", score, kind="implicit"), row_of("toy", 3, kind="benign")], 9)
     (folder / "results.json").write_text(json.dumps(results))
     return str(folder)
 
@@ -346,12 +345,12 @@ def write_run(folder, safety, base=3, stages=("base", "sft")):
 def test_runs_side_by_side(tmp_path, capsys):
     """Guards: a base that stands there twice or is dropped though it differs, and runs of one name that cannot be told apart."""
     one, two, three = write_run(tmp_path / "tiny", 0), write_run(tmp_path / "tiny-vlm", 3), write_run(tmp_path / "other", 0, base=1)
-    stages = [row["stage"] for row in tables.side_results([one, two]) if row["kind"] == "all"]
+    stages = [row["stage"] for row in evaluation.side_results([one, two]) if row["kind"] == "all"]
     assert stages == ["base", "tiny sft", "tiny-vlm sft"]
-    stages = [row["stage"] for row in tables.side_results([one, three]) if row["kind"] == "all"]
+    stages = [row["stage"] for row in evaluation.side_results([one, three]) if row["kind"] == "all"]
     assert stages == ["tiny base", "tiny sft", "other base", "other sft"]
     (tmp_path / "again").mkdir()
-    assert f"{one} sft" in {row["stage"] for row in tables.side_results([one, write_run(tmp_path / "again" / "tiny", 1)])}
+    assert f"{one} sft" in {row["stage"] for row in evaluation.side_results([one, write_run(tmp_path / "again" / "tiny", 1)])}
     evaluation.main(["side", one, two])
     out = capsys.readouterr().out
     whole, alone = out.split("implicit risk alone")
@@ -371,7 +370,7 @@ def test_vlm_run_is_set_beside_its_sibling(run, capsys):
 def test_mean_over_runs(tmp_path):
     """50 and 100 percent: mean 75, deviation 35.4. Guards: runs cut to the shortest without a word, a gap told as a number."""
     one, two = write_run(tmp_path / "one", 0), write_run(tmp_path / "two", 3)
-    table = tables.mean_table([one, two], "generic")
+    table = evaluation.mean_table([one, two], "generic")
     assert "| base | 100.0 +- 0.0 |" in table and "| sft | 75.0 +- 35.4 | 75.0 +- 35.4 | 75.0 +- 35.4 | - | 100.0 +- 0.0 |" in table
     with pytest.raises(StageError, match="same stages"):
-        tables.mean_table([one, write_run(tmp_path / "three", 0, stages=("base",))], "generic")
+        evaluation.mean_table([one, write_run(tmp_path / "three", 0, stages=("base",))], "generic")

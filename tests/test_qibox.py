@@ -18,7 +18,6 @@ import data
 import judge
 import qibox
 import rollout
-import split
 import trainer
 from extras import toy_base
 from config import ConfigError

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import build  # noqa: E402
 import data  # noqa: E402
 import judge  # noqa: E402
 import model as modeling  # noqa: E402
-import planner  # noqa: E402
 import protocol  # noqa: E402
 import rollout  # noqa: E402
 from extras import toy  # noqa: E402
@@ -24,7 +24,7 @@ TRAIN, HELD = toy.split_cases()
 
 
 def plan_of(case):
-    return planner.plan_by_rules(toy.signals(case))[0]
+    return build.plan_by_rules(toy.signals(case))[0]
 
 
 def drawn(pool, times=3):
@@ -34,7 +34,7 @@ def drawn(pool, times=3):
 
 
 def graded(case, response):
-    item = judge.Case(case.question, (), response, {"case": asdict(case)})
+    item = judge.Case(case.question, (), protocol.check(response), {"case": asdict(case)})
     oracle = toy.ToyJudge()
     return oracle.score([item])[0], oracle.verdict([item])[0]
 
@@ -186,7 +186,7 @@ def test_the_model_is_a_folder_like_any_other(tmp_path):
                                                  "<|vision_end|>")} < set(modeling.banned_token_ids(policy))
     case = toy.draw_case(HELD["typographic"][0], random.Random(0))
     picture = data.make_image(toy.draw_scene(case, random.Random(0)), "x", processor)
-    prompt = data.encode_prompt(planner.system_prompt("generic"), case.question, (picture,), processor)
+    prompt = data.encode_prompt(data.system_prompt("generic"), case.question, (picture,), processor)
     assert prompt.ids.count(processor.special["<|image_pad|>"]) == 4
     features = modeling.encode_images(policy, [picture])
     ((sample,),) = rollout.sample(policy, [prompt], features, 1, 8, 1.0, processor.end_of_turn, [0])
@@ -209,5 +209,5 @@ def test_responses_fit_the_recipe(tmp_path):
     for case in drawn(HELD, 1):
         assert len(data.encode_response(protocol.render_response(toy.right_calls(case), toy.right_answer(case)),
                                         processor)) <= settings.max_response
-        assert len(data.encode_prompt(planner.system_prompt("planned", plan_of(case)), case.question, (),
+        assert len(data.encode_prompt(data.system_prompt("planned", plan_of(case)), case.question, (),
                                       processor).ids) + 6 <= settings.max_prompt

@@ -1,4 +1,5 @@
-"""TUTORIAL.md against the code: its numbers can be computed again from each other, and its answers stand where it says."""
+"""docs/tutorial.md against the code: its numbers follow from each other, its answers are where it
+says."""
 
 import ast
 import re
@@ -41,7 +42,8 @@ def test_shown_samples_earn_what_the_table_says():
     table = {int(row[0]): row for row in rows("rewards")}
     for name in ("best", "worst"):
         k, text = int(re.search(r"Sample (\d)", part(name))[1]), re.search(r"```\n(.*)\n```", part(name), re.DOTALL)[1]
-        made = reward.checked_reward(text, None, Scores(*map(int, table[k][1:5])))
+        scores = Scores(*map(int, table[k][1:5]))
+        made = reward.checked_reward(protocol.check(text), scores)
         assert made.total == pytest.approx(float(table[k][10]), abs=1e-3)
         assert float(table[k][10]) == (max if name == "best" else min)(float(row[10]) for row in table.values())
     assert protocol.check(re.search(r"```\n(.*)\n```", part("best"), re.DOTALL)[1]).legal
