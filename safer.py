@@ -182,13 +182,14 @@ def roll_out(run, judge, items, step):
         config.rollout_rows,
     )
     count_sampling(run, sum(sampled, []), time.time() - start)
+    pairs = []
     for group, prompt, responses in zip(groups, prompts, sampled):
         plan = shown_plan(group.record, group.mode)
         for one in responses:
             checked = check(decode_response(one.tokens, run.processor), plan)
             trajectory = Trajectory(prompt, one.tokens, one.logprobs, one.finished, checked)
             group.trajectories.append(trajectory)
-    pairs = [(group, item) for group in groups for item in group.trajectories]
+            pairs.append((group, trajectory))
     ask_judge(run, judge, pairs)
     if config.rollout == "reflect":
         reflect(run, judge, pairs, features)
@@ -356,8 +357,10 @@ def credit_prompt(run, groups, features):
             if item.corrects:
                 item = as_first_response(item, run.processor)
                 group.trajectories[place] = item
-                moved += [item] if item.tokens else []
-        packs += [moved] if moved else []
+                if item.tokens:
+                    moved.append(item)
+        if moved:
+            packs.append(moved)
     packed = [packed_group(items) for items in packs]
     for rows in micro_batches(packed, run.config.micro_tokens):
         micro = [packed[row] for row in rows]
@@ -382,8 +385,9 @@ def update_policy(run, step, groups, features, on_policy=True):
     config = run.config
     packs = by_context(groups)
     packed = [packed_group(items) for _, items in packs]
-    lengths = [len(item.tokens) for _, items in packs for item in items]
-    denominator = total(run, losses.denominators(lengths)[config.loss_mean])
+    responses = sum([ids for _, ids in packed], [])
+    counts = losses.denominators([len(ids) for ids in responses])
+    denominator = total(run, counts[config.loss_mean])
     for rows in micro_batches(packed, config.micro_tokens):
         micro = [packed[row] for row in rows]
         items = sum([packs[row][1] for row in rows], [])
