@@ -70,6 +70,7 @@ def test_every_flag_exists():
     fields = {field.name for field in dataclasses.fields(Config)}
     named = set(re.findall(r"(?<![\w-])--([a-z_0-9]+)(?![\w-])", ALL))
     ours = set(re.findall(r'"--([a-z_]+)"', SOURCES)) | {"help", "method"}
+    ours |= {"from", "to"}  # of extras/benchmarks.py raw
     foreign = {"signal", "nproc_per_node"}  # of other people's programs
     assert len(named) > 25
     assert named <= fields | ours | foreign
@@ -136,6 +137,9 @@ def logged_metrics():
     names = {"step", "stage", "grad_norm", "lr"}
     for call in calls_of(tree, "add") + calls_of(tree, "write_metrics"):
         names |= {keyword.arg for keyword in call.keywords if keyword.arg}
+    for node in ast.walk(tree):  # sums["entropy"] = ...
+        if isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "sums":
+            names.add(ast.literal_eval(node.slice))
     one = torch.zeros(1)
     row = one[None]
     names |= set(losses.dpo_loss(one, one, one, one, 0.1, 1)[1])
@@ -205,7 +209,7 @@ def test_plan_drawings_are_what_draw_plan_prints():
     """Guards: a drawing of a plan that the rules no longer choose."""
     for harm in ("words", "image-text"):
         plan, _ = build.plan_by_rules({"harm": harm})
-        assert protocol.draw_plan(plan) in README
+        assert data.draw_plan(plan) in README
 
 
 # ---- minutes and lines ---------------------------------------------------------------------------------
