@@ -7,7 +7,6 @@ The estimates follow from the model's shapes and the lengths of the recipe, by t
 `memory` and `hours`. On CUDA neither was measured. Ours throughout.
 """
 
-import math
 import os
 import sys
 import tempfile
@@ -33,6 +32,11 @@ SHAPES = {
 # Data sheets: dense bfloat16 TFLOP/s, TB/s of memory.
 SHEETS = {"H200": (989, 4.8), "H100": (989, 3.35), "A100": (312, 2.0)}
 SHARE = 0.3  # of both that is reached. Assumed, not measured
+RESPONSES = {  # per prompt
+    "sft": lambda config: 1,
+    "dpo": lambda config: 2,
+    "grpo": lambda config: config.grpo_k,
+}
 JUDGE = "Qwen/Qwen3-VL-32B-Instruct"  # the released code's judge, on two GPUs (PAPERS 1.5, 1.6)
 
 
@@ -108,7 +112,7 @@ def memory(shapes, config, stage):
     need = {"weights": size * count_parameters(shapes), "adapters": 0, "training": 0, "sampling": 0}
     if stage in STAGES:
         need["adapters"] = 20 * config.lora_r * layers * sides
-        responses = {"sft": 1, "dpo": 2, "grpo": config.grpo_k}[stage]
+        responses = RESPONSES[stage](config)
         group = config.max_prompt + responses * config.max_response
         tokens = max(group, config.micro_tokens)
         work = 12 * hidden + 5 * inner  # numbers that one layer computes for one token
@@ -124,32 +128,23 @@ def memory(shapes, config, stage):
 
 
 def hours(shapes, config, stage, records, world, sheet):
-    """Estimated hours of a stage, at SHARE of the data sheet; the judge's time left out.
+    """Estimated hours of a training stage at SHARE of the data sheet, without the judge.
 
     Prompts are taken at half, responses at a quarter of their limits: an assumption. Per weight and
     token a forward pass costs 2 operations, and so does a backward pass through frozen weights.
+    Sampling reads all weights for every token of its rows.
     """
-    flops, bandwidth = SHARE * sheet[0] * 1e12, SHARE * sheet[1] * 1e12
-    size = getattr(torch, config.dtype).itemsize
     parameters = count_parameters(shapes)
-    prompt, response = config.max_prompt / 2, config.max_response / 4
-    prompts, k, passes = records, 1, 0
-    if stage in STAGES:
-        prompts = stage_steps(config, stage, records) * getattr(config, f"{stage}_batch")
-        k = {"sft": 1, "dpo": 2, "grpo": config.grpo_k}[stage]
-        reference = stage == "dpo" or (stage == "grpo" and config.kl_coef > 0)
-        passes = 2 + config.checkpointing + reference
-    elif stage == "qibox":
-        k = config.qi_samples
-    else:
-        modes = set(config.eval_prompts.split(","))
-        prompts *= len(modes) * (1 + len(config.stages.split(",")))
-    seconds = prompts * passes * 2 * parameters * (prompt + k * response) / flops
-    if stage not in ("sft", "dpo"):  # a prefill, then every step reads all weights for its rows
-        rows = min(config.rollout_rows, math.ceil(prompts * k / world))
-        steps = prompts * k * response / rows
-        seconds += prompts * 2 * parameters * prompt / flops + steps * size * parameters / bandwidth
-    return seconds / (1 if stage == "qibox" else world) / 3600  # qibox.py is one process
+    k = RESPONSES[stage](config)
+    prompts = stage_steps(config, stage, records) * getattr(config, f"{stage}_batch")
+    passes = {"sft": 2, "dpo": 3, "grpo": 3}[stage] + config.checkpointing
+    tokens = config.max_prompt / 2 + k * config.max_response / 4
+    seconds = prompts * passes * 2 * parameters * tokens / (SHARE * sheet[0] * 1e12)
+    if stage == "grpo":
+        steps = prompts * k * config.max_response / 4 / config.rollout_rows
+        size = getattr(torch, config.dtype).itemsize
+        seconds += steps * size * parameters / (SHARE * sheet[1] * 1e12)
+    return seconds / world / 3600
 
 
 def stage_table(shapes, config, counts, world, sheet):
@@ -163,7 +158,7 @@ def stage_table(shapes, config, counts, world, sheet):
         steps = stage_steps(config, stage, records) if records and stage in STAGES else ""
         need = memory(shapes, config, stage)
         estimate = "-"
-        if records and sheet:
+        if records and sheet and stage in STAGES:
             estimate = f"{hours(shapes, config, stage, records, world, sheet):.2g} h"
         gigabytes = [f"{need[name] / 1e9:.3g}" for name in ("training", "sampling", "peak")]
         rows.append([stage, records or "?", steps, *gigabytes, estimate])

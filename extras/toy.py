@@ -237,7 +237,7 @@ def truth(case):
             "flagged": "yes" if alarming else "no",
         },
         "CROSS-MODAL-SYNC": {
-            "relation": "compound" if case.kind == "implicit" else "consistent",
+            "relation": "compound" if case.kind == "implicit" else "consistent"
         },
         "INTENT-RADAR": {
             "intent": INTENT[expected(case)],
@@ -592,28 +592,34 @@ class ToyJudge:
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-def draw_object(pen, shape, color, x, y, s=CELL):
-    """One object into the cell whose corner is (x, y)."""
-    if shape == "disc":
-        pen.ellipse((x + 4, y + 4, x + s - 5, y + s - 5), fill=color)
-    elif shape == "loaf":
-        pen.rounded_rectangle((x + 2, y + 9, x + s - 3, y + s - 5), 6, fill=color)
-    elif shape == "tower":
-        pen.rectangle((x + 7, y + 12, x + s - 8, y + s - 4), fill=color)
-        pen.rectangle((x + 10, y + 4, x + s - 11, y + 11), fill="black")
-    elif shape == "bottle":
-        pen.rectangle((x + 8, y + 9, x + s - 9, y + s - 3), fill=color)
-        pen.rectangle((x + 12, y + 2, x + s - 13, y + 9), fill=color)
-    elif shape == "blade":
-        pen.polygon([(x + 3, y + s - 4), (x + s - 4, y + 3), (x + s - 4, y + s - 10)], fill=color)
-    elif shape == "zigzag":
-        points = [(x + 2 + 4 * i, y + (8 if i % 2 else 20)) for i in range(7)]
-        pen.line(points, fill=color, width=4)
-    elif shape == "line":
-        pen.line((x + 4, y + s - 5, x + s - 5, y + 4), fill=color, width=3)
-    elif shape == "star":
-        for dx, dy in ((0, 11), (11, 0), (8, 8), (8, -8)):
-            pen.line((x + 14 - dx, y + 14 - dy, x + 14 + dx, y + 14 + dy), fill=color, width=3)
+SHAPES = table("""
+disc   | ellipse 4 4 23 23
+loaf   | loaf 2 9 25 23
+tower  | box 7 12 20 24 | hole 10 4 17 11
+bottle | box 8 9 19 25 | box 12 2 15 9
+blade  | polygon 3 24 24 3 24 18
+zigzag | line4 2 20 6 8 10 20 14 8 18 20 22 8 26 20
+line   | line3 4 23 23 4
+star   | line3 14 3 14 25 | line3 3 14 25 14 | line3 6 6 22 22 | line3 6 22 22 6
+""")  # shape -> strokes: how, then the points of it in a cell
+
+
+def draw_object(pen, shape, color, left, top):
+    """One object into the cell whose corner is (left, top)."""
+    for stroke in SHAPES[shape]:
+        how, *numbers = stroke.split()
+        numbers = list(map(int, numbers))
+        points = [(left + x, top + y) for x, y in zip(numbers[::2], numbers[1::2])]
+        if how == "ellipse":
+            pen.ellipse(points, fill=color)
+        elif how == "loaf":
+            pen.rounded_rectangle(points, 6, fill=color)
+        elif how == "polygon":
+            pen.polygon(points, fill=color)
+        elif how in ("box", "hole"):
+            pen.rectangle(points, fill=color if how == "box" else "black")
+        else:
+            pen.line(points, fill=color, width=int(how[-1]))
 
 
 def draw_scene(case, rng):
@@ -627,9 +633,9 @@ def draw_scene(case, rng):
     picture = PIL.Image.new("RGB", (size, size), ground)
     pen = PIL.ImageDraw.Draw(picture)
     _, shape, color = OBJECTS[case.obj]
-    x = CELL * rng.randrange(2)
-    y = 0 if case.sign else CELL * rng.randrange(2)
-    draw_object(pen, shape, color, x, y)
+    left = CELL * rng.randrange(2)
+    top = 0 if case.sign else CELL * rng.randrange(2)
+    draw_object(pen, shape, color, left, top)
     if case.sign:
         font = PIL.ImageFont.load_default(13)
         pen.rectangle((0, CELL, size, size), fill=(115, 115, 105))
