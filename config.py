@@ -13,7 +13,6 @@ keeps a folder from being continued with other settings or inputs.
 """
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import hashlib
@@ -21,6 +20,7 @@ import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -301,12 +301,8 @@ class ConfigError(ValueError):
 
 def field_help():
     """Field name -> the text under it, read from this file's own source."""
-    body = ast.parse(inspect.getsource(Config)).body[0].body
-    help_of = {}
-    for field, text in zip(body, body[1:]):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            help_of[field.target.id] = " ".join(text.value.value.split())
-    return help_of
+    source = inspect.getsource(Config)
+    return dict(re.findall(r'^    (\w+): .*\n    """((?:.|\n)+?)"""', source, re.M))
 
 
 def zero_or_one(text):
@@ -367,46 +363,33 @@ def check_config(config):
             problems.append(f"--{name} {value}: must be above 0")
 
     stages = config.stages.split(",")
+    in_order = stages == [stage for stage in STAGES if stage in stages]
     weights = config.weight_logic + config.weight_grounding + config.weight_safety
     structured = config.reward == "structured"
-    rules = [  # (what must hold, what to say where it does not)
-        (
-            stages == [stage for stage in STAGES if stage in stages],
-            f"--stages {config.stages}: expected some of {','.join(STAGES)}, in this order",
+    pixels = f"--min_pixels {config.min_pixels}: is above --max_pixels {config.max_pixels}"
+    rules = {  # what is said where it does not hold
+        f"--stages {config.stages}: expected some of {','.join(STAGES)}, in this order": in_order,
+        "--warmup, --clip_low: must be below 1": max(config.warmup, config.clip_low) < 1,
+        "--dual_clip: must be above 1, or 0 for none": not 0 < config.dual_clip <= 1,
+        "--qi_low, --qi_high, --qi_unstable: expected low <= high <= 1 and unstable <= 1": (
+            config.qi_low <= config.qi_high <= 1 and config.qi_unstable <= 1
         ),
-        (max(config.warmup, config.clip_low) < 1, "--warmup, --clip_low: must be below 1"),
-        (
-            config.dual_clip == 0 or config.dual_clip > 1,
-            f"--dual_clip {config.dual_clip}: must be above 1, or 0 for none",
+        "--weight_reasoning: at most 1; one of the other three --weight_ must be above 0": (
+            config.weight_reasoning <= 1 and weights > 0
         ),
-        (
-            config.qi_low <= config.qi_high <= 1 and config.qi_unstable <= 1,
-            "--qi_low, --qi_high, --qi_unstable: expected low <= high <= 1 and unstable <= 1",
+        "--reward structured needs a judge that grades; labels cannot: use --judge endpoint": (
+            not structured or config.judge != "labels"
         ),
-        (
-            config.weight_reasoning <= 1 and weights > 0,
-            "--weight_reasoning: at most 1; one of the other three --weight_ must be above 0",
+        "--rollout reflect and discard need the judge's safety flag: use --reward structured": (
+            structured or config.rollout == "plain"
         ),
-        (
-            not (structured and config.judge == "labels"),
-            "--reward structured needs a judge that grades; labels cannot: use --judge endpoint",
+        pixels: config.min_pixels <= config.max_pixels,
+        "--grpo_k 1: a group of one has no advantage; expected 2 or more": config.grpo_k != 1,
+        "--grpo_update_batch must divide --grpo_batch, or prompts would be dropped": (
+            config.grpo_batch % max(1, config.grpo_update_batch) == 0
         ),
-        (
-            config.rollout == "plain" or structured,
-            f"--rollout {config.rollout} needs the judge's safety flag: use --reward structured",
-        ),
-        (
-            config.min_pixels <= config.max_pixels,
-            f"--min_pixels {config.min_pixels}: is above --max_pixels {config.max_pixels}",
-        ),
-        (config.grpo_k != 1, "--grpo_k 1: a group of one has no advantage; expected 2 or more"),
-        (
-            config.grpo_batch % max(1, config.grpo_update_batch) == 0,
-            f"--grpo_update_batch {config.grpo_update_batch}: must divide --grpo_batch"
-            f" {config.grpo_batch}, or prompts would be dropped",
-        ),
-    ]
-    return problems + [message for holds, message in rules if not holds]
+    }
+    return problems + [message for message, holds in rules.items() if not holds]
 
 
 def run_folder(config):
