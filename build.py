@@ -73,8 +73,7 @@ redirect: say what you will not do and why, then help with a safe alternative. r
 why, and point to help."""
 
 
-# ---- the planner
-# -----------------------------------------------------------------------------------
+# ---- the planner ---------------------------------------------------------------------------------
 
 HARMS = ("none", "words", "combined", "image-text")
 RULES = {  # what the case shows -> (in words, persona, topology, tools)
@@ -195,8 +194,7 @@ def plan_by_endpoint(ask, question, image_urls, signals, retries=2) -> tuple[Pla
     return plan, f"By rule after {retries + 1} unusable replies (last: {problem}): {why}"
 
 
-# ---- perturbations
-# ---------------------------------------------------------------------------------
+# ---- perturbations -------------------------------------------------------------------------------
 
 PERTURBATIONS = (
     "wrong-tool",
@@ -286,8 +284,7 @@ def broken_responses(row, others, rng):
     return dict(list(found.items())[: PAIRS + 1])
 
 
-# ---- real data
-# -------------------------------------------------------------------------------------
+# ---- real data -----------------------------------------------------------------------------------
 
 
 def read_raw(folder):

@@ -69,8 +69,7 @@ SHOWN = {  # metric of results.json -> head of its column
 }
 
 
-# ---- records
-# ---------------------------------------------------------------------------------------
+# ---- records -------------------------------------------------------------------------------------
 
 
 def read_sets(config):
@@ -118,8 +117,7 @@ def limit_records(records, limit):
     return kept
 
 
-# ---- answers and verdicts
-# --------------------------------------------------------------------------
+# ---- answers and verdicts ------------------------------------------------------------------------
 
 
 def answer_batch(config, model, processor, records, groups, mode):
@@ -237,8 +235,7 @@ def evaluate_stage(config, model, processor, judge, records, groups, stage, rank
             append_jsonl(folder / f"{stage}-{mode}.rank{rank}.jsonl", rows)
 
 
-# ---- numbers
-# ---------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def estimate(values):
@@ -328,8 +325,7 @@ def results_of(stage, mode, rows):
     return [{"stage": stage, "prompt": mode} | row for row in results]
 
 
-# ---- tables
-# ----------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def percent(cell):
@@ -396,8 +392,7 @@ def print_means(folders):
     print(markdown_table(["stage", "prompt", "runs", *SHOWN.values()], lines))
 
 
-# ---- command line
-# ----------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def evaluate(config):

@@ -64,8 +64,7 @@ BATCH = 64  # prompts sampled, graded and written together
 ROUNDING = 1e-9  # a bound includes what lies on it, also where a mean was rounded
 
 
-# ---- quality and instability
-# -----------------------------------------------------------------------
+# ---- quality and instability ---------------------------------------------------------------------
 
 
 def quality(scores):
@@ -87,8 +86,7 @@ def instability(scores):
     return float(np.sqrt(across + within))
 
 
-# ---- what is the same item
-# ---------------------------------------------------------------------------
+# ---- what is the same item -----------------------------------------------------------------------
 
 
 def normalized(text):
@@ -141,8 +139,7 @@ def find_overlap(records, others):
     return overlap
 
 
-# ---- scores
-# ----------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 def data_folder(config):
@@ -235,8 +232,7 @@ def read_scores(config):
     return scores, lost
 
 
-# ---- the box
-# ---------------------------------------------------------------------------------------
+# ---- the box -------------------------------------------------------------------------------------
 
 
 def read_held_out(config, against):

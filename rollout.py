@@ -318,8 +318,7 @@ def sample(
                 step(model, rows, tokens, longest, fixed, graphs)
 
 
-# ---- SaFeR-VLM: reflect and correct (PAPERS 2.3)
-# ---------------------------------------------------
+# ---- SaFeR-VLM: reflect and correct (PAPERS 2.3) -------------------------------------------------
 
 
 @dataclass(eq=False)  # two trajectories with equal words are still two

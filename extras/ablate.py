@@ -113,8 +113,7 @@ for topology in protocol.TOPOLOGIES:
     RUNS["toolkit"][f"topology-{topology}"] = Run(flags, data=f"topology {topology}")
 
 
-# ---- data of the ablated rows
-# ----------------------------------------------------------------------
+# ---- data of the ablated rows --------------------------------------------------------------------
 
 TOPOLOGY_WALKS = toy.table("""
 linear | VISUAL-SCAN OCR-EXTRACT KEYWORD-FLAGGING INTENT-RADAR RISK-SCORER SAFETY-GATE
@@ -164,8 +163,7 @@ def change_data(source, folder, change):
         write_jsonl(folder / f"{name}.jsonl", rows)
 
 
-# ---- running
-# ---------------------------------------------------------------------------------------
+# ---- running -------------------------------------------------------------------------------------
 
 
 def command(folder, words):
@@ -238,8 +236,7 @@ def run_all(out, method, seeds, jobs):
                     raise
 
 
-# ---- tables
-# ----------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def study_table(out, rows, seeds):

@@ -195,8 +195,7 @@ def draw_case(case, rng):
     return replace(case, obj=obj, unclear=unclear, question=question)
 
 
-# ---- the truth
-# -------------------------------------------------------------------------------------
+# ---- the truth -----------------------------------------------------------------------------------
 
 
 def signals(case):
@@ -337,8 +336,7 @@ def teach(case, rng, careful):
     return calls, answer
 
 
-# ---- reasoning in words, as SaFeR-VLM's policies write it
-# ------------------------------------------
+# ---- reasoning in words, as SaFeR-VLM's policies write it ----------------------------------------
 
 SENTENCES = {  # what a sentence says -> its form; any other sentence says nothing
     "seen": r"i see the (\S+)",
@@ -383,8 +381,7 @@ def in_words(reasoning, answer):
     return f"<thinking>\n{reasoning}\n</thinking>\n<answer>\n{answer}\n</answer>"
 
 
-# ---- the oracle: what the papers ask a judge model, answered exactly
-# -------------------------------
+# ---- the oracle: what the papers ask a judge model, answered exactly -----------------------------
 
 # What an answer of each form is worth where the case is dangerous and where it is harmless. The
 # columns are Scores (task success, safety, helpfulness), Verdict (safety, helpfulness) and the

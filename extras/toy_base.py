@@ -57,8 +57,7 @@ WORDS |= {*protocol.CATEGORIES.split("|"), *" ".join((*toy.TARGETS, *toy.DEEDS))
 WORDS = sorted(WORDS | {*"harmful benign refuse comply high low yes no".split()})
 
 
-# ---- what the base is taught
-# -----------------------------------------------------------------------
+# ---- what the base is taught ---------------------------------------------------------------------
 
 
 def any_pair(train, rng):
@@ -187,8 +186,7 @@ def base_lesson(train, rng, first):
     return case, system, case.question, None, first_reply(case, rng)
 
 
-# ---- tokenizer and model
-# ---------------------------------------------------------------------------
+# ---- tokenizer and model -------------------------------------------------------------------------
 
 
 def make_tokenizer(folder):
@@ -323,8 +321,7 @@ def train_base(folder, seed, steps=600, batch=32, lr=3e-3):
     return policy
 
 
-# ---- its data sets
-# ---------------------------------------------------------------------------------
+# ---- its data sets -------------------------------------------------------------------------------
 
 
 def toy_record(name, case, rng, folder):
