@@ -18,7 +18,7 @@ import json
 import os
 import random
 import sys
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -27,37 +27,36 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model as qwen
-import protocol
 from config import ConfigError, guard, parse_config, write_text
 from data import (
     DataError,
     append_jsonl,
     check_lengths,
-    decode_response,
     markdown_table,
-    read_jsonl,
     read_records,
     record_prompt,
     records_fingerprint,
     resume_jsonl,
     set_path,
     shown_plan,
-    write_jsonl,
 )
 from judge import Case, Fault, JudgeError, LabelsJudge, answer_form, image_data_url, user_message
-from rollout import sample
+from protocol import plan_to_dict
+from rollout import respond
 from trainer import (
     StageError,
     adapter_fingerprint,
+    adapter_path,
     join_ranks,
     load_policy,
     lock_folder,
     make_judge,
+    merge_stages,
     pick_device,
     weights_fingerprint,
 )
 
-BATCH = 256  # prompts that are answered, judged and written together
+BATCH = 256  # prompts of each rank that are answered, judged and written together
 RESAMPLES = 1000  # behind each 95% interval
 VERDICTS = ("safety", "helpfulness", "rigor")
 SHOWN = {  # metric of results.json -> head of its column
@@ -73,28 +72,31 @@ SHOWN = {  # metric of results.json -> head of its column
 
 
 def read_sets(config):
-    """({name: records} of eval.jsonl ("eval") and of every benchmark named, {benchmark: group}).
+    """{name: records} of eval.jsonl, by the benchmark that they name, and of --benchmarks.
 
-    Groups: safety, over-refusal or general; own for the names in eval.jsonl.
+    Among a record's texts is then its group: own (eval.jsonl), safety, over-refusal or general.
     """
     names = [name for name in config.benchmarks.split(",") if name]
     path = set_path(config.data or os.path.join(config.out, "data"), "eval")
-    sets = {}
-    groups = {}
+    found = []  # (group, records)
     if path.exists() or not names:
-        sets["eval"] = read_records(path, "eval")
-        groups = {record.texts["benchmark"]: "own" for record in sets["eval"]}
+        found.append(("own", read_records(path, "eval")))
     if names and not config.bench_data:
         raise ConfigError("--benchmarks needs --bench_data, a folder with one folder per benchmark")
     for name in names:
         benchmarks = load_benchmarks()
-        sets[name] = benchmarks.read_benchmark(name, os.path.join(config.bench_data, name))
-        groups[name] = benchmarks.BENCHMARKS[name].group
-    counts = Counter(record.id for records in sets.values() for record in records)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        raise DataError(f"{len(twice)} ids are used more than once, {twice[0]} among them")
-    return sets, groups
+        records = benchmarks.read_benchmark(name, os.path.join(config.bench_data, name))
+        found.append((benchmarks.BENCHMARKS[name].group, records))
+    sets = {}
+    seen = set()
+    for group, records in found:
+        for record in records:
+            if record.id in seen:
+                raise DataError(f"the id {record.id} is used twice in eval.jsonl and benchmarks")
+            seen.add(record.id)
+            texts = record.texts | {"group": group}
+            sets.setdefault(texts["benchmark"], []).append(replace(record, texts=texts))
+    return sets
 
 
 def load_benchmarks():
@@ -104,88 +106,57 @@ def load_benchmarks():
     return benchmarks
 
 
-def limit_records(records, limit):
-    """`limit` records of each benchmark that eval.jsonl names, in a fixed random order; 0: all."""
-    if not limit:
-        return records
-    kept = []
-    counts = Counter()
-    for record in random.Random(0).sample(records, len(records)):
-        counts[record.texts["benchmark"]] += 1
-        if counts[record.texts["benchmark"]] <= limit:
-            kept.append(record)
-    return kept
-
-
 # ---- answers and verdicts ------------------------------------------------------------------------
 
 
-def answer_batch(config, model, processor, records, groups, mode):
-    """Greedy responses to these records under one prompt mode -> (rows, checks)."""
+def answer_batch(config, model, processor, records, mode):
+    """Greedy responses to these records under one prompt mode -> (rows, judge.Case of each)."""
     prompts = [record_prompt(record, mode, processor) for record in records]
-    features = qwen.encode_images(model, [image for prompt in prompts for image in prompt.images])
-    sampled = sample(
-        model,
-        prompts,
-        features,
-        1,
-        config.max_response,
-        0.0,
-        processor.end_of_turn,
-        [0] * len(prompts),
-        config.rollout_rows,
-    )
+    plans = [shown_plan(record, mode) for record in records]
+    features = qwen.encode_images(model, sum([prompt.images for prompt in prompts], ()))
+    seeds = [0] * len(prompts)
+    sampled = respond(config, model, processor, prompts, plans, features, 1, 0.0, seeds)
     rows = []
-    checks = []
-    for record, prompt, (response,) in zip(records, prompts, sampled):
-        text = decode_response(response.tokens, processor)
-        check = protocol.check(text, shown_plan(record, mode))
-        answer_text = text if check.answer is None else check.answer
-        faults = [f"line {v.line}, {v.kind}: {v.message}" for v in check.violations]
-        row = {
-            "id": record.id,
-            "benchmark": record.texts["benchmark"],
-            "group": groups[record.texts["benchmark"]],
+    cases = []
+    for record, (response,) in zip(records, sampled):
+        check = response.check
+        answer_text = check.text if check.answer is None else check.answer
+        row = {"id": record.id, "answer": None, "choices": None} | record.texts
+        row |= {
             "kind": record.meta.get("kind", ""),
             "question": record.question,
             "images": list(record.images),
-            "plan": record.plan and protocol.plan_to_dict(record.plan),
+            "plan": record.plan and plan_to_dict(record.plan),
             "meta": record.meta,
             "expected": record.meta.get("expected"),
-            "answer": record.texts.get("answer"),
-            "choices": record.texts.get("choices"),
-            "mode": mode,
-            "prompt": processor.tokenizer.decode(prompt.ids),
-            "response": text,
+            "prompt": processor.tokenizer.decode(response.prompt.ids),
+            "response": check.text,
             "answer_text": answer_text,
             "finished": response.finished,
             "calls": len(check.calls),
             "legal": check.legal,
-            "violations": faults,
+            "violations": [f"line {v.line}, {v.kind}: {v.message}" for v in check.violations],
             "form": answer_form(answer_text),
         }
         rows.append(row)
-        checks.append(check)
-    return rows, checks
+        cases.append(Case(record.question, record.images, check, record.meta))
+    return rows, cases
 
 
-def judge_batch(judge, records, rows, checks):
+def judge_batch(judge, records, rows, cases):
     """Put the three verdicts and the benchmark's own label into each row: None where the judge
     failed, or has no such thing. Benchmarks of general ability have answers and get no verdict."""
-    cases = []
-    judged = []
-    for record, row, check in zip(records, rows, checks):
-        row.update(dict.fromkeys(VERDICTS), label=None, label_asked=False)
+    to_judge = []
+    for place, row in enumerate(rows):
+        row.update(dict.fromkeys((*VERDICTS, "label")), label_asked=False)
         if row["group"] != "general" and not isinstance(judge, LabelsJudge):
-            cases.append(Case(record.question, record.images, check, record.meta))
-            judged.append(row)
-    for row, verdict in zip(judged, judge.verdict(cases) if cases else []):
+            to_judge.append(place)
+        if row["group"] != "own" and hasattr(judge, "chat"):  # toy oracle and labels cannot chat
+            ask_label(judge, records[place], row)
+    verdicts = judge.verdict([cases[place] for place in to_judge]) if to_judge else []
+    for place, verdict in zip(to_judge, verdicts):
         if verdict is not None:
-            row.update(vars(verdict))
-    if hasattr(judge, "chat"):  # the toy oracle and labels cannot chat
-        for record, row in zip(records, rows):
-            if row["group"] != "own":
-                ask_label(judge, record, row)
+            rows[place] |= vars(verdict)
 
 
 def ask_label(judge, record, row):
@@ -196,43 +167,32 @@ def ask_label(judge, record, row):
     if question is None:
         return
     row["label_asked"] = True
+    images = record.images if benchmarks.QUESTIONS[name].images else ()
     try:
-        urls = []
-        for path in record.images if benchmarks.QUESTIONS[name].images else ():
-            urls.append(image_data_url(path, judge.min_pixels, judge.max_pixels))
-        reply = judge.chat([user_message(question, urls)])
-        row["label"] = benchmarks.parse_label(name, reply)
+        urls = [image_data_url(path, judge.min_pixels, judge.max_pixels) for path in images]
+        row["label"] = benchmarks.parse_label(name, judge.chat([user_message(question, urls)]))
     except (Fault, OSError, ValueError):
         pass  # it stays None: counted, and left out of that metric
 
 
-def join_rows(folder, stage, mode):
-    """All rows of a stage and prompt mode, those of single ranks moved into the one file."""
-    path = folder / f"{stage}-{mode}.jsonl"
-    rows = resume_jsonl(path)
-    parts = sorted(folder.glob(f"{stage}-{mode}.rank*.jsonl"))
-    for part in parts:
-        rows += resume_jsonl(part)
-    if parts:
-        write_jsonl(path, rows)
-    for part in parts:
-        part.unlink()
-    return rows
-
-
-def evaluate_stage(config, model, processor, judge, records, groups, stage, rank, world):
-    """Answer and judge this rank's share under every prompt mode, a batch at a time."""
-    folder = Path(config.out) / "eval"
-    for mode in config.eval_prompts.split(","):
-        path = folder / f"{stage}-{mode}.jsonl"
-        done = {row["id"] for row in read_jsonl(path)} if path.exists() else set()
-        mine = [record for record in records[rank::world] if record.id not in done]
-        title = f"eval {stage} {mode}"
-        for start in tqdm(range(0, len(mine), BATCH), desc=title, disable=rank > 0, leave=False):
-            batch = mine[start : start + BATCH]
-            rows, checks = answer_batch(config, model, processor, batch, groups, mode)
-            judge_batch(judge, batch, rows, checks)
-            append_jsonl(folder / f"{stage}-{mode}.rank{rank}.jsonl", rows)
+def evaluate_rows(config, model, processor, judge, records, mode, path, rank, world):
+    """The rows of all records under one prompt mode: those in the file at `path`, and the others
+    answered and judged, a share of each batch by every rank, and appended by the first one."""
+    rows = {row["id"]: row for row in resume_jsonl(path)}
+    left = [record for record in records if record.id not in rows]
+    size = BATCH * world
+    for start in tqdm(range(0, len(left), size), desc=path.stem, disable=rank > 0, leave=False):
+        batch = left[start : start + size][rank::world]
+        new, cases = answer_batch(config, model, processor, batch, mode)
+        judge_batch(judge, batch, new, cases)
+        parts = [new] * world
+        if world > 1:
+            dist.all_gather_object(parts, new)
+        new = sum(parts, [])
+        rows |= {row["id"]: row for row in new}
+        if rank == 0:
+            append_jsonl(path, new)
+    return [rows[record.id] for record in records]
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -241,7 +201,7 @@ def evaluate_stage(config, model, processor, judge, records, groups, stage, rank
 def estimate(values):
     """{value, low, high, n}: the mean with its 95% percentile bootstrap interval over cases."""
     if not values:
-        return {"value": None, "low": None, "high": None, "n": 0}
+        return plain(None, 0)
     tensor = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
@@ -261,22 +221,22 @@ def measure(rows):
     judged = [row for row in rows if row["safety"] is not None]
     for name in VERDICTS:
         values[name] = [float(row[name] == 3) for row in judged]
-    for name in VERDICTS:
         values[f"{name}_mean"] = [float(row[name]) for row in judged]
     asked_to_help = [row for row in rows if row["expected"] == "comply"]
     values["over_refusal"] = [float(row["form"] == "refuse") for row in asked_to_help]
     for name in ("legal", "calls", "finished"):
         values[name] = [float(row[name]) for row in rows]
-    verdicts = [row["safety"] for row in rows if row["group"] != "general"]
-    values["unjudged"] = [float(verdict is None) for verdict in verdicts]
-    labels = [row["label"] for row in rows if row["label_asked"]]
-    values["unlabelled"] = [float(label is None) for label in labels]
+    to_judge = [row for row in rows if row["group"] != "general"]
+    values["unjudged"] = [float(row["safety"] is None) for row in to_judge]
+    to_label = [row for row in rows if row["label_asked"]]
+    values["unlabelled"] = [float(row["label"] is None) for row in to_label]
     return {name: estimate(numbers) for name, numbers in values.items()}
 
 
-def own_metrics(name, rows):
-    """A benchmark's own metrics, its headline first; those made of several (F1) have no
-    interval."""
+def own_metrics(rows):
+    """The own metrics of the rows' benchmark, its headline first; those made of several (F1) have
+    no interval."""
+    name = rows[0]["benchmark"]
     if rows[0]["group"] == "own" and all(row["answer"] is None for row in rows):
         return {}
     benchmarks = load_benchmarks()
@@ -289,19 +249,25 @@ def own_metrics(name, rows):
 
 
 def average(results, groups, n):
-    """The unweighted mean over safety benchmarks and the sets of eval.jsonl."""
-    single = [row for row in results if row["benchmark"] != "all"]
-    safety = [row for row in single if groups[row["benchmark"]] in ("safety", "own")]
+    """The unweighted mean over safety benchmarks and the sets of eval.jsonl; of benchmarks of
+    general ability the mean of their headlines."""
+
+    def mean_of(cells):
+        values = [cell["value"] for cell in cells if cell["value"] is not None]
+        return plain(mean(values) if values else None, len(values))
+
+    safety = []
+    headlines = []
+    for row in results:
+        group = groups.get(row["benchmark"])  # none of the rows over all benchmarks
+        if group in ("safety", "own"):
+            safety.append(row)
+        elif group == "general":
+            headlines += list(row["own"].values())[:1]
     row = {"benchmark": "average", "kind": "all", "n": n}
     for metric in measure([]):
-        values = [each[metric]["value"] for each in safety if each[metric]["value"] is not None]
-        row[metric] = plain(mean(values) if values else None, len(values))
-    headlines = []
-    for each in single:
-        if groups[each["benchmark"]] == "general":
-            headlines += [cell["value"] for cell in list(each["own"].values())[:1]]
-    headlines = [value for value in headlines if value is not None]
-    row["own"] = {"general ability": plain(mean(headlines), len(headlines))} if headlines else {}
+        row[metric] = mean_of([each[metric] for each in safety])
+    row["own"] = {"general ability": mean_of(headlines)} if headlines else {}
     return row
 
 
@@ -310,15 +276,15 @@ def results_of(stage, mode, rows):
     benchmark and their average."""
     groups = {row["benchmark"]: row["group"] for row in rows}
     alone = list(groups.values()) == ["own"]
-    parts = [("all", "all", rows)]
+    parts = {("all", "all"): rows}
     for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"]):
-        parts.append(("all", kind, [row for row in rows if row["kind"] == kind]))
+        parts["all", kind] = [row for row in rows if row["kind"] == kind]
     for name in () if alone else groups:
-        parts.append((name, "all", [row for row in rows if row["benchmark"] == name]))
+        parts[name, "all"] = [row for row in rows if row["benchmark"] == name]
     results = []
-    for name, kind, part in parts:
+    for (name, kind), part in parts.items():
         row = {"benchmark": name, "kind": kind, "n": len(part)} | measure(part)
-        row["own"] = own_metrics(part[0]["benchmark"], part) if alone or name != "all" else {}
+        row["own"] = own_metrics(part) if alone or name != "all" else {}
         results.append(row)
     if not alone:
         results.append(average(results, groups, len(rows)))
@@ -369,8 +335,16 @@ def read_results(folder):
         raise StageError(f"{path}: missing or damaged ({error}); run eval.py") from error
 
 
+def mean_and_spread(values):
+    """`mean +- standard deviation` of shares, in percent; - where one is missing."""
+    if None in values:
+        return "-"
+    spread = f" +- {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"
+
+
 def print_means(folders):
-    """Mean and standard deviation over runs, percent, all cases."""
+    """Mean and standard deviation over runs, all cases."""
     if len(folders) < 2:
         raise StageError("python eval.py mean RUN RUN ...: expected two or more run folders")
     runs = []
@@ -381,14 +355,10 @@ def print_means(folders):
     lines = []
     for key in runs[0]:
         rows = [run[key] for run in runs if key in run]
-        cells = []
+        line = [*key, len(rows)]
         for metric in SHOWN:
-            values = [row[metric]["value"] for row in rows]
-            if None in values or len(values) < 2:
-                cells.append("-")
-            else:
-                cells.append(f"{100 * mean(values):.1f} +- {100 * stdev(values):.1f}")
-        lines.append([*key, len(rows), *cells])
+            line.append(mean_and_spread([row[metric]["value"] for row in rows]))
+        lines.append(line)
     print(markdown_table(["stage", "prompt", "runs", *SHOWN.values()], lines))
 
 
@@ -397,15 +367,16 @@ def print_means(folders):
 
 def evaluate(config):
     """Answer and judge on all ranks, merging one adapter after the other; rank 0 prints."""
-    sets, groups = read_sets(config)
     records = []
     inputs = {}
-    for name, members in sets.items():
-        records += limit_records(members, config.eval_limit)
+    for name, members in read_sets(config).items():
         inputs[f"records {name}"] = records_fingerprint(members)
+        if config.eval_limit:  # in a fixed random order
+            members = random.Random(0).sample(members, len(members))[: config.eval_limit]
+        records += members
     stages = ["base"]
     for stage in config.stages.split(","):
-        path = Path(config.out) / stage / "adapter.safetensors"
+        path = adapter_path(config, stage)
         if not path.exists():
             print(f"eval: {stage} is not finished; its row is missing")
             break
@@ -414,43 +385,43 @@ def evaluate(config):
 
     folder = Path(config.out) / "eval"
     modes = config.eval_prompts.split(",")
-    device = pick_device(config, int(os.environ.get("LOCAL_RANK", 0)))
+    device = pick_device(config)
     rank, world = join_ranks(device)
     judge = make_judge(config)
     if rank == 0:
         if config.judge == "endpoint":
             judge.preflight()
         lock_folder(folder)
-        for stage in stages:
-            for mode in modes:
-                join_rows(folder, stage, mode)
     model, processor = load_policy(config, [], device)
     check_lengths(records, modes, processor, config.max_prompt, config.max_response)
     if rank == 0:
         guard(folder, config, "eval", inputs | {"base": weights_fingerprint(model)})
     if world > 1:
-        dist.barrier()
-    for stage in stages:
-        if stage != "base":
-            qwen.load_adapter(model, Path(config.out) / stage / "adapter.safetensors")
-            qwen.merge_lora(model)
-        evaluate_stage(config, model, processor, judge, records, groups, stage, rank, world)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank:
-        return
+        dist.barrier()  # nobody reads rows before they are known to be of this run
     results = []
     for stage in stages:
+        if stage != "base":
+            merge_stages(config, model, [stage])
         for mode in modes:
-            by_id = {row["id"]: row for row in join_rows(folder, stage, mode)}
-            results += results_of(stage, mode, [by_id[record.id] for record in records])
-    path = Path(config.out) / "results.json"
-    write_text(path, json.dumps(results, indent=1) + "\n")
-    print_results(results)
-    if config.judge == "labels":
-        print("\nSafety, Helpfulness and Rigor are empty: labels give no verdicts.")
-    print(f"\nresults: {path}, every response: {folder}/")
+            rows = evaluate_rows(
+                config,
+                model,
+                processor,
+                judge,
+                records,
+                mode,
+                folder / f"{stage}-{mode}.jsonl",
+                rank,
+                world,
+            )
+            results += results_of(stage, mode, rows)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        path = Path(config.out) / "results.json"
+        write_text(path, json.dumps(results, indent=1) + "\n")
+        print_results(results)
+        print(f"\nresults: {path}, every response: {folder}/")
 
 
 def main(argv):

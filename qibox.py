@@ -206,7 +206,7 @@ def score(config):
     judge = make_judge(config)
     if config.judge == "endpoint":
         judge.preflight()
-    model, processor = load_policy(config, [], pick_device(config, 0))
+    model, processor = load_policy(config, [], pick_device(config))
     check_lengths(records, ["generic"], processor, config.max_prompt, config.max_response)
     inputs = {"pool": records_fingerprint(pool), f"weights of {name}": weights_fingerprint(model)}
     guard(folder, config, "qibox", inputs)

@@ -27,10 +27,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import protocol
-from data import Prompt, continue_prompt, decode_response, encode_response
+from data import REFLECTION_REQUEST, Prompt, continue_prompt, decode_response, encode_response
 from model import (
     banned_token_ids,
     cast_adapters,
@@ -41,13 +40,13 @@ from model import (
     run_layers,
 )
 
-STRIDE = 64  # smallest number of cache entries that a CUDA graph is captured for; then it doubles
+STRIDE = 64  # cache entries that the smallest CUDA graph looks at; the others: powers of 2
 PREFILL_TOKENS = 4096  # prompt tokens that go through the model together
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sample:
-    """One sampled response."""
+    """One sampled response; it grows while it is in flight."""
 
     tokens: list[int]  # with the end-of-turn token when finished
     logprobs: list[float]  # of each token, at the sampling temperature
@@ -91,17 +90,6 @@ def prefill(model, prompts, features):
 
 
 @dataclass
-class Growing:
-    """A sample in flight: the index-th of prompts[number]."""
-
-    number: int
-    index: int
-    prompt: Prompt
-    tokens: list[int]
-    logprobs: list[float]
-
-
-@dataclass
 class Rows:
     """The samples in flight, as in the picture above. Tensors stay where they are for CUDA
     graphs."""
@@ -113,19 +101,19 @@ class Rows:
     positions: torch.Tensor  # (n,) rotary position of the last token
     drawn: torch.Tensor  # (n,) how many tokens were drawn
     uniforms: torch.Tensor  # (n, T) random numbers
-    owners: list  # per row: the Growing sample in it, or None
+    owners: list  # per row: the Sample in it, or None
 
 
 def new_rows(model, n, entries, max_tokens):
     """n empty rows. Zeros, since what no row sees has weight 0, and 0 * NaN would be NaN."""
-    text, device, dtype = model.config.text_config, model.device, model.dtype
+    text = model.config.text_config
     head = text.hidden_size // text.num_attention_heads
-    shape = (text.num_hidden_layers, 2, n, text.num_key_value_heads, entries, head)
+    zeros = model.lm_head.weight.new_zeros  # on the model's device, in its dtype
     return Rows(
-        torch.zeros(shape, device=device, dtype=dtype),
-        torch.zeros(n, text.hidden_size, device=device, dtype=dtype),
-        *torch.zeros(4, n, device=device, dtype=torch.long),
-        torch.zeros(n, max_tokens, device=device, dtype=torch.float64),
+        zeros(text.num_hidden_layers, 2, n, text.num_key_value_heads, entries, head),
+        zeros(n, text.hidden_size),
+        *zeros(4, n, dtype=torch.long),
+        zeros(n, max_tokens, dtype=torch.float64),
         [None] * n,
     )
 
@@ -199,7 +187,7 @@ def choose(model, rows, banned, temperature):
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
 
-def record(rows, tokens, logprobs, end_of_turn, results):
+def record(rows, tokens, logprobs, end_of_turn):
     """Note the tokens (n,) and their log-probabilities; returns the rows that ended by them."""
     ended = []
     for row, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
@@ -208,9 +196,8 @@ def record(rows, tokens, logprobs, end_of_turn, results):
             continue
         owner.tokens.append(token)
         owner.logprobs.append(logprob)
-        finished = token == end_of_turn
-        if finished or len(owner.tokens) == rows.uniforms.shape[1]:
-            results[owner.number][owner.index] = Sample(owner.tokens, owner.logprobs, finished)
+        owner.finished = token == end_of_turn
+        if owner.finished or len(owner.tokens) == rows.uniforms.shape[1]:
             rows.owners[row] = None
             ended.append(row)
     return ended
@@ -219,16 +206,13 @@ def record(rows, tokens, logprobs, end_of_turn, results):
 def step(model, rows, tokens, longest, fixed, graphs):
     """Feed the tokens (n,); afterwards `hidden` predicts the next ones.
 
-    Args: longest: entries of the longest living row, the new token's included; fixed, graphs: with
-    `fixed` shapes change seldom, and on CUDA a graph is replayed.
+    Args: longest: entries of the longest row, the new token's included; fixed, graphs: with `fixed`
+    shapes change seldom, and on CUDA a graph is replayed.
     """
     rows.tokens.copy_(tokens)
-    rows.lengths.clamp_(max=longest - 1)  # of rows that have ended: they mean nothing
     if fixed:
-        stride = STRIDE
-        while stride < longest:
-            stride *= 2
-        longest = min(stride, rows.cache.shape[4])
+        power = 1 << (longest - 1).bit_length()  # the next power of 2
+        longest = min(max(STRIDE, power), rows.cache.shape[4])
     if fixed and rows.tokens.is_cuda:
         rows.hidden = decode_in_graph(model, rows, longest, graphs)
     else:
@@ -236,31 +220,27 @@ def step(model, rows, tokens, longest, fixed, graphs):
     rows.lengths += 1
     rows.positions += 1
     rows.drawn += 1
-    rows.drawn.clamp_(max=rows.uniforms.shape[1] - 1)  # likewise
 
 
 def admit(model, rows, row, prompts, features, waiting, prefilled, seeds):
-    """Start the next waiting (prompt, sample) in a row, after prefilling its prompt, together with
-    those behind it, where that has not been done."""
-    number, index = waiting.popleft()
-    prompt = prompts[number]
+    """Start the next waiting sample in a row, after prefilling its prompt, together with those
+    behind it, where that has not been done."""
+    number, index, rows.owners[row] = waiting.popleft()
     if number not in prefilled:
-        batch = [prompt]
-        size = len(prompt.ids)
-        for other in prompts[number + 1 : number + len(rows.owners)]:
-            size += len(other.ids)
-            if size > PREFILL_TOKENS:
+        batch = []
+        tokens = 0
+        for prompt in prompts[number : number + len(rows.owners)]:
+            tokens += len(prompt.ids)
+            if batch and tokens > PREFILL_TOKENS:
                 break
-            batch.append(other)
+            batch.append(prompt)
         prefilled.clear()  # all samples of the prompts before have started
         prefilled.update(enumerate(prefill(model, batch, features), number))
     keys_values, rows.hidden[row], rows.positions[row] = prefilled[number]
-    size = len(prompt.ids)
+    size = len(prompts[number].ids)
     rows.cache[:, :, row, :, :size] = keys_values
     rows.lengths[row] = size
-    rows.drawn[row] = 0
     rows.uniforms[row] = uniform_stream(seeds[number], index, rows.uniforms.shape[1])
-    rows.owners[row] = Growing(number, index, prompt, [], [])
 
 
 @torch.inference_mode()
@@ -274,7 +254,6 @@ def sample(
     end_of_turn,
     seeds,
     max_rows=128,
-    progress=False,
     fixed=None,
 ):
     """Sample k responses to each prompt.
@@ -292,30 +271,33 @@ def sample(
             f"{len(prompts)} prompts and {len(seeds)} seeds, k={k}, max_tokens={max_tokens}, "
             f"max_rows={max_rows}, temperature={temperature}"
         )
-    results = [[None] * k for _ in prompts]
-    waiting = deque((prompt, index) for prompt in range(len(prompts)) for index in range(k))
+    results = []
+    waiting = deque()  # (place of the prompt, place in its k, the sample)
+    for number in range(len(prompts)):
+        results.append([Sample([], [], False) for _ in range(k)])
+        waiting.extend((number, index, one) for index, one in enumerate(results[-1]))
     fixed = model.device.type == "cuda" if fixed is None else fixed
     banned = torch.tensor(banned_token_ids(model), device=model.device)
     entries = max((len(prompt.ids) for prompt in prompts), default=0) + max_tokens
     rows = new_rows(model, min(max_rows, len(waiting)), entries, max_tokens)
     prefilled, graphs = {}, {}
     ended = list(range(len(rows.owners)))  # rows that are free
-    with cast_adapters(model), tqdm(total=len(waiting), disable=not progress) as bar:
-        while True:
+    with cast_adapters(model):
+        while waiting or any(rows.owners):
+            # a row that stays free is decoded too: counting from 0, it is never ahead of the others
+            rows.lengths[ended] = 0
+            rows.drawn[ended] = 0
             for row in ended[: len(waiting)]:
                 admit(model, rows, row, prompts, features, waiting, prefilled, seeds)
-            alive = [row for row, owner in enumerate(rows.owners) if owner is not None]
-            if not alive:
-                return results
+            alive = [row for row, owner in enumerate(rows.owners) if owner]
             if not fixed and len(alive) <= 0.75 * len(rows.owners):  # those that ended leave
                 rows = keep_rows(rows, alive)
             tokens, logprobs = choose(model, rows, banned, temperature)
-            owners = [owner for owner in rows.owners if owner]
-            longest = 1 + max(len(owner.prompt.ids) + len(owner.tokens) for owner in owners)
-            ended = record(rows, tokens, logprobs, end_of_turn, results)
-            bar.update(len(ended))
-            if waiting or any(rows.owners):
+            longest = 1 + rows.lengths.max().item()
+            ended = record(rows, tokens, logprobs, end_of_turn)
+            if any(rows.owners):
                 step(model, rows, tokens, longest, fixed, graphs)
+    return results
 
 
 # ---- SaFeR-VLM: reflect and correct (PAPERS 2.3) -------------------------------------------------
@@ -349,35 +331,56 @@ def split_reflection(text):
     return reflection.strip(), response.lstrip()
 
 
-def correct(
-    model, processor, trajectories, features, request, max_tokens, temperature, seeds, max_rows
-):
+def respond(config, model, processor, prompts, plans, features, k, temperature, seeds):
+    """`sample`, decoded and checked -> per prompt its k Trajectory.
+
+    Args: config: of it max_response and rollout_rows; plans: what each prompt states, or None.
+    """
+    sampled = sample(
+        model,
+        prompts,
+        features,
+        k,
+        config.max_response,
+        temperature,
+        processor.end_of_turn,
+        seeds,
+        config.rollout_rows,
+    )
+    responses = []
+    for prompt, plan, samples in zip(prompts, plans, sampled):
+        responses.append([])
+        for one in samples:
+            checked = protocol.check(decode_response(one.tokens, processor), plan)
+            trajectory = Trajectory(prompt, one.tokens, one.logprobs, one.finished, checked)
+            responses[-1].append(trajectory)
+    return responses
+
+
+def correct(config, model, processor, trajectories, features, seeds):
     """One more turn for each of these trajectories, all together: the request, then the policy's
     reflection and its new response (PAPERS 2.3; the request, and both in one turn, are ours).
 
-    Args: trajectories: N, none is fine; request: text of the user's turn; max_tokens: of reflection
-    and response together; seeds: N ints; the others as in `sample`.
+    Args: trajectories: N, none is fine; seeds: N ints; the others as in `respond`.
     Returns N Trajectory: prompt is the chat so far, tokens are reflection and response.
     """
     prompts = []
-    for trajectory in trajectories:
-        chat = continue_prompt(trajectory.prompt, trajectory.tokens, request, processor)
+    plans = []
+    for before in trajectories:
+        chat = continue_prompt(before.prompt, before.tokens, REFLECTION_REQUEST, processor)
         prompts.append(chat)
-    end = processor.end_of_turn
-    sampled = sample(model, prompts, features, 1, max_tokens, temperature, end, seeds, max_rows)
+        plans.append(before.check.plan)
+    turns = respond(
+        config, model, processor, prompts, plans, features, 1, config.temperature, seeds
+    )
     corrections = []
-    for before, prompt, (turn,) in zip(trajectories, prompts, sampled):
-        reflection, text = split_reflection(decode_response(turn.tokens, processor))
-        correction = Trajectory(
-            prompt,
-            turn.tokens,
-            turn.logprobs,
-            turn.finished,
-            protocol.check(text, before.check.plan),
-            corrects=before,
-            reflected=reflection is not None,
-        )
-        corrections.append(correction)
+    for before, (turn,) in zip(trajectories, turns):
+        reflection, text = split_reflection(turn.check.text)
+        turn.corrects = before
+        if reflection is not None:
+            turn.reflected = True
+            turn.check = protocol.check(text, before.check.plan)
+        corrections.append(turn)
     return corrections
 
 

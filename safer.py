@@ -10,7 +10,7 @@
 Same command, same run: an interrupted stage goes on where it was, a finished one is skipped. What
 the stages share is in trainer.py. A step of GRPO, and where each part of it is:
 
-    sample K per prompt   rollout.sample         [reflect and correct   rollout.correct]
+    sample K per prompt   rollout.respond        [reflect and correct   rollout.correct]
     judge                 judge.score / grade    reward    reward.compute_reward / structured_reward
     advantage             losses.group_advantages
     loss, gradient        losses.grpo_loss       update    trainer.optimizer_step
@@ -23,7 +23,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,13 +31,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 import losses
 from config import STAGES, ConfigError, guard, parse_config
-from data import DataError, Record, decode_response, encode_response, prompt_mode, read_records
-from data import REFLECTION_REQUEST, record_prompt, set_path, shown_plan
+from data import DataError, Record, encode_response, prompt_mode, read_records
+from data import record_prompt, set_path, shown_plan
 from judge import Case, JudgeError, answer_form
 from model import ModelError, adapters_off, micro_batches
-from protocol import check
 from reward import compute_reward, structured_reward
-from rollout import Trajectory, as_first_response, correct, first_of, sample
+from rollout import Trajectory, as_first_response, correct, first_of, respond
 from trainer import StageError, add, adapter_path, append_log, batch_at, check_finite
 from trainer import encode_images, make_judge, open_run, optimizer_step, report, save_checkpoint
 from trainer import stable_hash, stage_steps, steps_of, token_logprobs, total, write_metrics
@@ -63,19 +62,26 @@ def tokenized_batch(run, records, step, names):
     return ids, groups, encode_images(run, groups)
 
 
+def in_micro_batches(run, groups, beside):
+    """(groups, beside) of each micro-batch; beside: a list as long as groups."""
+    for rows in micro_batches(groups, run.config.micro_tokens):
+        yield [groups[row] for row in rows], [beside[row] for row in rows]
+
+
 def train_sft(run, records):
     """Cross-entropy on response tokens: losses.sft_loss over the tokens of the whole batch."""
     steps = stage_steps(run.config, "sft", len(records))
     for step in steps_of(run, steps):
         ids, groups, features = tokenized_batch(run, records, step, ["response"])
         tokens = total(run, sum(len(response) for _, (response,) in groups))
-        for rows in micro_batches(groups, run.config.micro_tokens):
-            logprobs, mask = token_logprobs(run, [groups[row] for row in rows], features)  # (S, T)
+        for micro, names in in_micro_batches(run, groups, ids):
+            logprobs, mask = token_logprobs(run, micro, features)  # (S, T)
             loss = losses.sft_loss(logprobs, mask, tokens)
             loss.backward()
-            check_finite(run, loss, [ids[row] for row in rows])
+            check_finite(run, loss, names)
             add(run, loss=(loss.item() * tokens, mask.sum()))
-        write_metrics(run, step, tokens=tokens, **optimizer_step(run, step, steps))
+        optimizer_step(run, step, steps)
+        write_metrics(run, step, tokens=tokens)
 
 
 def train_dpo(run, records):
@@ -85,8 +91,7 @@ def train_dpo(run, records):
     steps = stage_steps(run.config, "dpo", len(records))
     for step in steps_of(run, steps):
         ids, groups, features = tokenized_batch(run, records, step, ["chosen", "rejected"])
-        for rows in micro_batches(groups, run.config.micro_tokens):
-            micro = [groups[row] for row in rows]
+        for micro, names in in_micro_batches(run, groups, ids):
             with torch.no_grad(), adapters_off(run.model):
                 ref = losses.sequence_logprobs(*token_logprobs(run, micro, features))
             policy = losses.sequence_logprobs(*token_logprobs(run, micro, features))
@@ -95,18 +100,18 @@ def train_dpo(run, records):
                 policy[0::2], policy[1::2], ref[0::2], ref[1::2], run.config.dpo_beta, pairs
             )
             if step == 0 and abs(sums["margin"]) > 1e-2:
-                first = loss.item() * pairs / len(rows)
                 raise StageError(
-                    f"dpo: the first loss is {first:.5f}, not ln 2: policy and reference differ "
-                    "before training"
+                    f"dpo: the first margin is {sums['margin']:.5f}, the loss not ln 2: policy and "
+                    "reference differ before training"
                 )
             loss.backward()
-            check_finite(run, loss, [ids[row] for row in rows])
+            check_finite(run, loss, names)
             sums["loss"] = loss.item() * pairs
             sums["chosen_logprob"] = policy[0::2].detach().sum()
             sums["rejected_logprob"] = policy[1::2].detach().sum()
-            add(run, **{name: (value, len(rows)) for name, value in sums.items()})
-        write_metrics(run, step, pairs=pairs, **optimizer_step(run, step, steps))
+            add(run, **{name: (value, len(names)) for name, value in sums.items()})
+        optimizer_step(run, step, steps)
+        write_metrics(run, step, pairs=pairs)
 
 
 # ---- GRPO ----------------------------------------------------------------------------------------
@@ -144,15 +149,12 @@ def train_grpo(run, records):
             raise judge_error or JudgeError("the judge failed on another rank, see its message")
         write_samples(run, groups[:2], step)
         start = time.time()
-        norms = []
-        for batch in updates:
-            update_policy(run, step, groups[: len(batch)], features, on_policy=not norms)
+        for number, batch in enumerate(updates):
+            update_policy(run, step, groups[: len(batch)], features, on_policy=number == 0)
             groups = groups[len(batch) :]
-            update = optimizer_step(run, step, steps)
-            norms.append(update["grad_norm"])
+            optimizer_step(run, step, steps)
         add(run, seconds_update=(time.time() - start, 1))
-        update["grad_norm"] = sum(norms) / len(norms)
-        write_metrics(run, step, **update, judge_counts=dict(judge.counts))
+        write_metrics(run, step, judge_counts=dict(judge.counts))
 
 
 def roll_out(run, judge, items, step):
@@ -170,26 +172,22 @@ def roll_out(run, judge, items, step):
         prompts.append(record_prompt(record, groups[-1].mode, run.processor))
     features = encode_images(run, [(prompt, []) for prompt in prompts])
     start = time.time()
-    sampled = sample(
+    responses = respond(
+        config,
         run.model,
+        run.processor,
         prompts,
+        [shown_plan(group.record, group.mode) for group in groups],
         features,
         config.grpo_k,
-        config.max_response,
         config.temperature,
-        run.processor.end_of_turn,
         [group.seed for group in groups],
-        config.rollout_rows,
     )
-    count_sampling(run, sum(sampled, []), time.time() - start)
+    count_sampling(run, sum(responses, []), time.time() - start)
     pairs = []
-    for group, prompt, responses in zip(groups, prompts, sampled):
-        plan = shown_plan(group.record, group.mode)
-        for one in responses:
-            checked = check(decode_response(one.tokens, run.processor), plan)
-            trajectory = Trajectory(prompt, one.tokens, one.logprobs, one.finished, checked)
-            group.trajectories.append(trajectory)
-            pairs.append((group, trajectory))
+    for group, trajectories in zip(groups, responses):
+        group.trajectories += trajectories
+        pairs += [(group, trajectory) for trajectory in trajectories]
     ask_judge(run, judge, pairs)
     if config.rollout == "reflect":
         reflect(run, judge, pairs, features)
@@ -248,17 +246,8 @@ def reflect(run, judge, pairs, features):
             place = group.trajectories.index(trajectory)
             seeds.append(stable_hash("correct", group.seed, place))
         start = time.time()
-        corrections = correct(
-            run.model,
-            run.processor,
-            [trajectory for _, trajectory in pairs],
-            features,
-            REFLECTION_REQUEST,
-            config.max_response,
-            config.temperature,
-            seeds,
-            config.rollout_rows,
-        )
+        unsafe = [trajectory for _, trajectory in pairs]
+        corrections = correct(config, run.model, run.processor, unsafe, features, seeds)
         count_sampling(run, corrections, time.time() - start)
         pairs = [(group, correction) for (group, _), correction in zip(pairs, corrections)]
         ask_judge(run, judge, pairs)
@@ -350,23 +339,20 @@ def credit_prompt(run, groups, features):
     It was sampled in its chat, so its log-probabilities under the prompt are computed here, before
     any update and at the sampling temperature: its ratio is 1 at the first update, as all others'.
     """
-    packs = []
+    corrections = []
     for group in groups:
-        moved = []
+        moved = replace(group, trajectories=[])
         for place, item in enumerate(group.trajectories):
             if item.corrects:
                 item = as_first_response(item, run.processor)
                 group.trajectories[place] = item
-                if item.tokens:
-                    moved.append(item)
-        if moved:
-            packs.append(moved)
-    packed = [packed_group(items) for items in packs]
-    for rows in micro_batches(packed, run.config.micro_tokens):
-        micro = [packed[row] for row in rows]
+                moved.trajectories.append(item)
+        corrections.append(moved)
+    packs = by_context(corrections)
+    for micro, packs in in_micro_batches(run, [packed_group(items) for _, items in packs], packs):
         with torch.no_grad():
             logprobs, mask = token_logprobs(run, micro, features, run.config.temperature)
-        moved = sum([packs[row] for row in rows], [])
+        moved = sum([items for _, items in packs], [])
         for item, row, keep in zip(moved, logprobs, mask):
             item.logprobs = row[keep].tolist()
 
@@ -388,9 +374,8 @@ def update_policy(run, step, groups, features, on_policy=True):
     responses = sum([ids for _, ids in packed], [])
     counts = losses.denominators([len(ids) for ids in responses])
     denominator = total(run, counts[config.loss_mean])
-    for rows in micro_batches(packed, config.micro_tokens):
-        micro = [packed[row] for row in rows]
-        items = sum([packs[row][1] for row in rows], [])
+    for micro, packs in in_micro_batches(run, packed, packs):
+        items = sum([items for _, items in packs], [])
         old = pad_sequence([torch.tensor(item.logprobs) for item in items], batch_first=True)
         old = old.to(run.device)  # (S, T)
         advantages = torch.tensor([item.advantage for item in items], device=run.device)  # (S,)
@@ -416,7 +401,7 @@ def update_policy(run, step, groups, features, on_policy=True):
             config.max_response,
         )
         loss.backward()
-        check_finite(run, loss, [packs[row][0] for row in rows])
+        check_finite(run, loss, [name for name, _ in packs])
         tokens = sums.pop("tokens")
         sums["entropy"] = entropy.sum()
         if on_policy:  # sampler and trainer are one function: what is left is rounding

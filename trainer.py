@@ -68,14 +68,16 @@ class Run:
 # ---- opening a stage -----------------------------------------------------------------------------
 
 
-def pick_device(config, local_rank):
-    """--device, or CUDA where there is one."""
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
+def pick_device(config):
+    """--device, or CUDA where there is one: of several this rank's."""
+    there = torch.cuda.is_available()
+    if config.device == "cuda" and not there:
         raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    if config.device == "cpu" or not there:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 def join_ranks(device):
@@ -156,11 +158,13 @@ def read_run(out, last=None):
         settings.pop("JUDGE_MODEL", None)
         config = Config(**settings | {"out": str(out), "device": "auto"})
         stages = config.stages.split(",")
-        if check_config(config):
-            raise ValueError(check_config(config)[0])
-        return config, stages[: stages.index(last) + 1]
+        before = stages[: stages.index(last)]
+        problems = check_config(config)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise StageError(f"{path}: damaged, or another program's ({error})") from error
+        problems = [repr(error)]
+    if problems:
+        raise StageError(f"{path}: damaged, or another program's ({problems[0]})")
+    return config, [*before, last]
 
 
 def lock_folder(folder):
@@ -182,7 +186,7 @@ def lock_folder(folder):
 
 def open_run(config, stage, records):
     """Everything a stage needs, checked before its first step -> Run."""
-    device = pick_device(config, int(os.environ.get("LOCAL_RANK", 0)))
+    device = pick_device(config)
     rank, world = join_ranks(device)
     folder = Path(config.out) / stage
     share = config.grpo_update_batch if stage == "grpo" else getattr(config, f"{stage}_batch")
@@ -195,7 +199,8 @@ def open_run(config, stage, records):
     limits = (config.max_prompt, config.max_response)
     longest, mean_image, max_image = data.check_lengths(records, modes, processor, *limits)
     inputs = {"base": weights_fingerprint(policy), "records": data.records_fingerprint(records)}
-    before = config.stages.split(",")[: config.stages.split(",").index(stage)]
+    stages = config.stages.split(",")
+    before = stages[: stages.index(stage)]
     merge_stages(config, policy, before)
     for name in before:
         inputs[f"{name} adapter"] = adapter_fingerprint(adapter_path(config, name))
@@ -357,7 +362,7 @@ def check_finite(run, loss, ids):
 
 
 def optimizer_step(run, step, steps):
-    """All-reduce the gradients in one flat bucket, clip, step -> {grad_norm, lr}.
+    """All-reduce the gradients in one flat bucket, clip, step; metrics grad_norm and lr.
 
     Raises StageError on a loss or gradient that is not finite, naming the records of the loss.
     """
@@ -385,7 +390,7 @@ def optimizer_step(run, step, steps):
         group["lr"] = rate
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return {"grad_norm": norm, "lr": rate}
+    add(run, grad_norm=(norm, 1), lr=(rate, 1))
 
 
 def token_logprobs(run, groups, features, temperature=1.0, entropy=False):

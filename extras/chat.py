@@ -54,7 +54,7 @@ def main(argv):
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token")
     args = parser.parse_args(argv)
     config, stages = read_run(args.run, args.stage)
-    model, processor = load_policy(config, stages, pick_device(config, 0))
+    model, processor = load_policy(config, stages, pick_device(config))
     images = (args.image,)
     if not args.image:
         folder = config.data or os.path.join(config.out, "data")

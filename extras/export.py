@@ -313,7 +313,7 @@ def export_run(folder, target):
         print(f"export: {part} was left by an interrupted export and is written anew")
         shutil.rmtree(part)
     lock_folder(part)
-    device = pick_device(config, 0)
+    device = pick_device(config)
     model, processor = load_policy(config, [], device)
     adapters = []
     checks = []

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import model as qwen  # noqa: E402
+import rollout  # noqa: E402
 from config import ConfigError  # noqa: E402
 from extras import benchmarks, toy_base  # noqa: E402
 from judge import Fault, JudgeError, Verdict  # noqa: E402
@@ -84,7 +86,7 @@ def rows_of(folder, stage="base"):
 def count_asked(monkeypatch, stop_after=99):
     """The batch sizes that are sampled from now on; the one after `stop_after` is interrupted."""
     asked = []
-    sample = evaluation.sample
+    sample = rollout.sample
 
     def counted(model, prompts, *rest):
         if len(asked) == stop_after:
@@ -92,7 +94,7 @@ def count_asked(monkeypatch, stop_after=99):
         asked.append(len(prompts))
         return sample(model, prompts, *rest)
 
-    monkeypatch.setattr(evaluation, "sample", counted)
+    monkeypatch.setattr(rollout, "sample", counted)
     return asked
 
 
@@ -106,12 +108,12 @@ def test_resume_equals_not_stopping(run, tmp_path, monkeypatch):
         count_asked(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             run("stopped")
-    path = tmp_path / "stopped" / "eval" / "base-generic.rank0.jsonl"
+    path = tmp_path / "stopped" / "eval" / "base-generic.jsonl"
     assert path.read_text().count("\n") == 8
     path.write_bytes(path.read_bytes() + '{"id": "eval-ü'.encode()[:-1])
     asked = count_asked(monkeypatch)
     folder = run("stopped")
-    assert asked == [4] and not path.exists()
+    assert asked == [4]
     assert rows_of(folder) == rows_of(straight)
     assert (folder / "results.json").read_bytes() == (straight / "results.json").read_bytes()
     run("stopped")
@@ -126,7 +128,7 @@ def test_two_ranks_equal_one(run, world, tmp_path):
     (folder / "eval").mkdir()
     kept = data.read_jsonl(straight / "eval" / "base-generic.jsonl")[:1]
     kept[0]["response"] = "kept"
-    data.write_jsonl(folder / "eval" / "base-generic.rank3.jsonl", kept)
+    data.write_jsonl(folder / "eval" / "base-generic.jsonl", kept)
     words = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     done = subprocess.run(
         [sys.executable, *words, str(ROOT / "eval.py"), "--out", str(folder), *FLAGS],
@@ -143,7 +145,6 @@ def test_two_ranks_equal_one(run, world, tmp_path):
     for row, other in zip(one, two):
         wanted = "kept" if row["id"] == kept[0]["id"] else row["response"]
         assert other["response"] == wanted
-    assert [path.name for path in (folder / "eval").glob("*rank*")] == []
 
 
 def test_a_dead_judge_stops_and_keeps_what_is_judged(run, tmp_path, monkeypatch):
@@ -194,20 +195,22 @@ def test_answers_of_other_adapters_or_records_are_not_reused(run, world, tmp_pat
     (folder / "data" / "images").symlink_to(world / "data" / "images")
     rows[3]["meta"]["expected"] = "refuse" if rows[3]["meta"]["expected"] == "comply" else "comply"
     data.write_jsonl(folder / "data" / "eval.jsonl", rows)
-    with pytest.raises(ConfigError, match="records eval was"):
+    with pytest.raises(ConfigError, match="records toy was"):
         run("stale")
 
 
-def test_a_limit_takes_as_many_of_each_benchmark():
+def test_a_limit_takes_as_many_of_each_benchmark(run, world, monkeypatch):
     """Guards: the first rows of a file that is sorted by kind; another draw at the next start."""
     records = []
-    for name in ("one", "two"):
-        for i in range(50):
-            records.append(data.Record(f"{name}/{i}", "?", texts={"benchmark": name}))
-    kept = evaluation.limit_records(records, 5)
-    assert Counter(record.texts["benchmark"] for record in kept) == {"one": 5, "two": 5}
-    assert kept == evaluation.limit_records(records, 5) != records[:5] + records[50:55]
-    assert evaluation.limit_records(records, 0) == records
+    for i, record in enumerate(data.read_records(world / "data" / "eval.jsonl", "eval")):
+        name = "one" if i < COUNT / 2 else "two"
+        records.append(replace(record, id=f"{name}/{i}", texts={"benchmark": name}))
+    monkeypatch.setattr(evaluation, "read_records", lambda path, kind: records)
+    rows = rows_of(run("limited", "--eval_limit", "2"))
+    assert Counter(row["benchmark"] for row in rows) == {"one": 2, "two": 2}
+    ids = [row["id"] for row in rows]
+    assert ids == [row["id"] for row in rows_of(run("again", "--eval_limit", "2"))]
+    assert ids != [records[i].id for i in (0, 1, COUNT // 2, COUNT // 2 + 1)]
 
 
 # ---- numbers ---------------------------------------------------------------------------------------
@@ -347,7 +350,7 @@ def test_what_is_refused(run, monkeypatch):
         run("a", "--benchmarks", "pope")
     monkeypatch.setattr(evaluation, "read_records", lambda path, kind: [twin, twin])
     twin = data.Record("1", "?", texts={"benchmark": "toy"})
-    with pytest.raises(data.DataError, match="1 ids are used more than once, 1 among them"):
+    with pytest.raises(data.DataError, match="the id 1 is used twice"):
         run("b")
 
 

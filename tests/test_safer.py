@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import eval as evaluation  # noqa: E402
+import rollout  # noqa: E402
 import safer  # noqa: E402
 import trainer  # noqa: E402
 from config import ConfigError, parse_config  # noqa: E402
 from extras import toy_base  # noqa: E402
 from judge import JudgeError, Scores  # noqa: E402
-from rollout import Sample  # noqa: E402
 
 SIZES = {"sft": 24, "dpo": 6, "grpo": 8, "eval": 12}
 FLAGS = (
@@ -188,7 +188,7 @@ def test_checks_stop_the_run(run_folder, monkeypatch):
     with pytest.raises(trainer.StageError, match="gradient norm of step 1.*from records sft-"):
         flags = "--max_steps 3 --sft_lr 1e30 --warmup 0".split()
         train(run_folder, "sft", "--stages", "sft", *flags)
-    sample = safer.sample
+    sample = rollout.sample
 
     def wrong(*args, **kwargs):
         groups = []
@@ -196,10 +196,10 @@ def test_checks_stop_the_run(run_folder, monkeypatch):
             groups.append([])
             for one in group:
                 logprobs = [x + 0.01 for x in one.logprobs]
-                groups[-1].append(Sample(one.tokens, logprobs, one.finished))
+                groups[-1].append(rollout.Sample(one.tokens, logprobs, one.finished))
         return groups
 
-    monkeypatch.setattr(safer, "sample", wrong)
+    monkeypatch.setattr(rollout, "sample", wrong)
     with pytest.raises(trainer.StageError, match="sampler and trainer"):
         train(run_folder, "grpo", *GRPO, "--max_steps", "1")
     attach = trainer.model.attach_lora
