@@ -1,8 +1,8 @@
 """Ablations of both papers in the miniature world: each question a table, each row three seeds.
 
-    python -m extras.ablate toolkit       stages, tiers, reward terms, topologies, prompt at
-    evaluation python -m extras.ablate vlm           without reflection, with random data, without
-    penalties python -m extras.ablate toolkit --seeds 0,1,2 --jobs 2 --to docs/ablations.md
+    python -m extras.ablate toolkit    stages, tiers, reward terms, topologies, prompt of evaluation
+    python -m extras.ablate vlm        without reflection, with random data, without penalties
+    python -m extras.ablate toolkit --seeds 0,1,2 --jobs 2 --to docs/ablations.md
 
 Every run is made by the commands that `bash run.sh tiny` uses, in out/ablate/<run>-<seed>, one
 thread each. What runs share (base, data, earlier stages) is made once, in the first run of the
@@ -21,15 +21,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
 
 from tqdm import tqdm
 
 import protocol
 from config import write_text, write_whole
 from data import markdown_table, read_jsonl, write_jsonl
-from eval import SHOWN, read_results
+from eval import SHOWN, mean_and_spread, read_results
 from extras import toy
 from trainer import StageError, lock_folder
 
@@ -84,12 +84,8 @@ STUDIES = {  # study -> rows (label, run, stage, prompt)
             ("the planner's choice", "full", "sft", "generic"),
         ],
         "prompt": [
-            ("sft, generic", "full", "sft", "generic"),
-            ("sft, planned", "full", "sft", "planned"),
-            ("dpo, generic", "full", "dpo", "generic"),
-            ("dpo, planned", "full", "dpo", "planned"),
-            ("grpo, generic", "full", "grpo", "generic"),
-            ("grpo, planned", "full", "grpo", "planned"),
+            (f"{stage}, {prompt}", "full", stage, prompt)
+            for stage, prompt in product(("sft", "dpo", "grpo"), ("generic", "planned"))
         ],
     },
     "vlm": {
@@ -221,43 +217,33 @@ def train(out, method, name, seed):
 def run_all(out, method, seeds, jobs):
     """Every run of a method for every seed, `jobs` at a time; the first one first."""
     first, *others = RUNS[method]
-    with tqdm(total=len(seeds) * len(RUNS[method]), desc=f"ablate {method}") as bar:
+    bar = tqdm(total=len(seeds) * len(RUNS[method]), desc=f"ablate {method}")
+    with bar, ThreadPoolExecutor(jobs) as pool:
         for names in ([first], others):
-            with ThreadPoolExecutor(jobs) as pool:
-                waiting = []
-                for seed in seeds:
-                    waiting += [pool.submit(train, out, method, name, seed) for name in names]
-                try:
-                    for one in waiting:
-                        one.result()
-                        bar.update()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)  # programs that are running end first
-                    raise
+            # an error cancels those that wait; programs that are running end first
+            for _ in pool.map(lambda each: train(out, method, *each), product(names, seeds)):
+                bar.update()
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 
 def study_table(out, rows, seeds):
-    """Markdown: mean and standard deviation over seeds, in percent; Safety of implicit risks
-    apart."""
+    """Markdown: mean and standard deviation over seeds; Safety of implicit risks apart."""
+    columns = [(metric, "all") for metric in SHOWN] + [("safety", "implicit")]
     lines = []
     for label, run, stage, prompt in rows:
-        values = {name: [] for name in (*SHOWN, "implicit")}
+        found = []  # of each seed: {kind of case: row}
         for seed in seeds:
             kinds = {}
             for row in read_results(out / f"{run}-{seed}"):
                 if (row["stage"], row["prompt"]) == (stage, prompt):
                     kinds[row["kind"]] = row
-            for name in SHOWN:
-                values[name].append(100 * kinds["all"][name]["value"])
-            values["implicit"].append(100 * kinds["implicit"]["safety"]["value"])
-        cells = []
-        for numbers in values.values():
-            spread = f" +- {stdev(numbers):.1f}" if len(numbers) > 1 else ""
-            cells.append(f"{mean(numbers):.1f}{spread}")
-        lines.append([label, *cells])
+            found.append(kinds)
+        line = [label]
+        for metric, kind in columns:
+            line.append(mean_and_spread([kinds[kind][metric]["value"] for kinds in found]))
+        lines.append(line)
     return markdown_table(["", *SHOWN.values(), "Safety, implicit risk"], lines)
 
 

@@ -33,7 +33,9 @@ from transformers.utils import cached_file
 import data
 import model as qwen
 from model import TARGETS, ModelError
-from trainer import StageError, base_folder, load_policy, lock_folder, pick_device, read_run
+from eval import SHOWN, percent, read_results
+from trainer import StageError, adapter_path, base_folder, load_policy, lock_folder, pick_device
+from trainer import read_run
 
 # Whole names, by a pattern: a list of the last words would also name the maps of the vision tower.
 LINEAR_MAPS = "|".join(TARGETS).replace(".", r"\.")
@@ -108,21 +110,6 @@ def sum_adapters(adapters):
         # A: (sum of r, in); B: (out, sum of r)
         joined[name] = torch.cat(parts, dim=0 if name.endswith(".A") else 1)
     return joined, sum(header["r"] for _, header in adapters)
-
-
-@torch.no_grad()
-def rounding_of_merge(model):
-    """What the weights' dtype rounds away when the adapters are merged, as a share of the
-    update."""
-    lost = 0.0
-    moved = 0.0
-    for layer in qwen.lora_layers(model).values():
-        weight = layer.base.weight
-        update = layer.delta().double()
-        exact = weight.double() + update
-        lost += (exact.to(weight.dtype).double() - exact).square().sum().item()
-        moved += update.square().sum().item()
-    return (lost / moved) ** 0.5 if moved else 0.0
 
 
 # ---- the merged model --------------------------------------------------------------------------
@@ -251,7 +238,7 @@ It was evaluated under this system prompt:
 > {system}
 ## Checks at export
 {checks}
-## Results: share of answers with the highest verdict, in percent, by the judge `{judge}`
+## Results: share of answers with the highest verdict, percent [95% interval], judge `{judge}`
 {results}
 ## Limits
 - Safety training makes harmful answers rarer, it does not rule them out: test your own cases.
@@ -265,21 +252,16 @@ It was evaluated under this system prompt:
 """
 
 
-def results_table(path):
+def results_table(out):
     """The rows of results.json over all kinds of case, as Markdown."""
-    if not path.exists():
+    if not (out / "results.json").exists():
         return "Not evaluated: the run has no results.json."
     rows = []
-    for row in json.loads(path.read_text(encoding="utf-8")):
-        if row["kind"] != "all":
-            continue
-        cells = [row["stage"], row["prompt"], row["benchmark"], row["n"]]
-        for metric in ("safety", "helpfulness", "rigor"):
-            value = row[metric]["value"]
-            cells.append("-" if value is None else f"{100 * value:.1f}")
-        rows.append(cells)
-    head = ["stage", "prompt", "benchmark", "n", "Safety", "Helpfulness", "Rigor"]
-    return data.markdown_table(head, rows)
+    for row in read_results(out):
+        if row["kind"] == "all":
+            cells = [percent(row[metric]) for metric in SHOWN]
+            rows.append([row["stage"], row["prompt"], row["benchmark"], row["n"], *cells])
+    return data.markdown_table(["stage", "prompt", "benchmark", "n", *SHOWN.values()], rows)
 
 
 def model_card(config, stages, checks):
@@ -294,7 +276,7 @@ def model_card(config, stages, checks):
         trained=", ".join(stages),
         system=data.system_prompt("generic"),
         checks="\n".join(f"- {line}" for line in checks),
-        results=results_table(out / "results.json"),
+        results=results_table(out),
         settings=(out / stages[-1] / "config.json").read_text(),
     )
 
@@ -316,16 +298,13 @@ def export_run(folder, target):
     device = pick_device(config)
     model, processor = load_policy(config, [], device)
     adapters = []
-    checks = []
     for stage in stages:
-        path = Path(config.out) / stage / "adapter.safetensors"
+        path = adapter_path(config, stage)
         tensors, header = qwen.read_adapter(path)
         adapters.append((tensors, header))
         peft_folder = part / f"adapter-{stage}"
         write_peft(peft_folder, tensors, header["r"], header["alpha"], base_folder(config))
         qwen.load_adapter(model, path)
-        share = rounding_of_merge(model)
-        checks.append(f"merging {stage} in {config.dtype}: rounding is {share:.1e} of the update")
         qwen.merge_lora(model)
     tensors, r = sum_adapters(adapters)
     write_peft(part / "adapter-sum", tensors, r, r, base_folder(config))
@@ -337,7 +316,7 @@ def export_run(folder, target):
     ours = own_logits(model, prompt)
     write_model(part / "model", model, processor, config)
     del model  # of a large model there is room for one
-    checks += check_model(part / "model", config, device, prompt, ours)
+    checks = check_model(part / "model", config, device, prompt, ours)
     (part / "README.md").write_text(model_card(config, stages, checks), encoding="utf-8")
     (part / "lock").unlink()
     part.replace(target)

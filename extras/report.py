@@ -27,6 +27,7 @@ import PIL.Image
 import protocol
 from config import write_text
 from data import DataError, draw_plan, read_jsonl
+from eval import percent
 
 ORDER = ("base", "sft", "dpo", "grpo")
 SCORES = {"safety": "Safety", "helpfulness": "Helpfulness", "rigor": "Rigor"}
@@ -122,15 +123,6 @@ def table(caption, head, rows, kind=""):
 # ---- summary and results -------------------------------------------------------------------------
 
 
-def percent(cell):
-    """A share and its 95% interval in percent."""
-    if cell["value"] is None:
-        return "-"
-    if cell["low"] is None:
-        return f"{100 * cell['value']:.1f}"
-    return f"{100 * cell['value']:.1f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
-
-
 def summary_html(run):
     """The run in a sentence, and each stage's three scores with their intervals in one picture."""
     facts = {name: run.settings.get(name, "?") for name in ("recipe", "seed", "judge")}
@@ -187,13 +179,11 @@ def results_html(run):
                 kinds.setdefault(row["stage"], {})[row["kind"]] = percent(row["safety"])
                 continue
             shares = [percent(row[name]) for name in (*SCORES, *RATES)]
-            means = [row[f"{name}_mean"]["value"] for name in SCORES]
-            means = " / ".join("-" if mean is None else f"{mean:.2f}" for mean in means)
-            lines.append([row["stage"], row["benchmark"], row["n"], *shares, means])
+            lines.append([row["stage"], row["benchmark"], row["n"], *shares])
             for name, cell in row["own"].items():
                 own.append([row["stage"], row["benchmark"], name, percent(cell)])
         rates = [name.replace("_", "-") for name in RATES]
-        head = ["stage", "cases", "n", *SCORES.values(), *rates, "means"]
+        head = ["stage", "cases", "n", *SCORES.values(), *rates]
         parts.append(table(f"Held-out cases under the {mode} prompt, percent", head, lines))
         if kinds:
             names = list(next(iter(kinds.values())))
@@ -280,8 +270,8 @@ def image_url(path):
         return "data:,"
     picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG" if max(picture.size) < IMAGE_SIDE else "JPEG")
     kind = "png" if max(picture.size) < IMAGE_SIDE else "jpeg"
+    picture.save(buffer, kind)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -293,11 +283,11 @@ def answer_of(row, plan):
         line = None if violation.kind == "missing-tier" else violation.line
         faults.setdefault(line, []).append(f"{violation.kind}: {violation.message}")
     steps = []
-    for call in check.calls[:40]:
-        steps.append([call.tool[:80], call.text[:400], faults.pop(call.line, [])])
+    for call in check.calls:
+        steps.append([call.tool, call.text[:MAX_TEXT], faults.pop(call.line, [])])
     return {
         "steps": steps,
-        "rest": sum(faults.values(), [])[:20],
+        "rest": sum(faults.values(), []),
         "violations": len(check.violations),
         "answer": None if check.answer is None else check.answer.strip()[:MAX_TEXT],
         "text": row["response"][:MAX_TEXT],
@@ -362,8 +352,8 @@ def collect_cases(run):
         cases.append(case)
     stages = [stage for stage in ORDER if any(stage == key for key, _ in run.answers)]
     tiers = {name: protocol.TIERS.index(tool.tier) for name, tool in protocol.TOOLS.items()}
-    names = protocol.TIERS
-    return {"cases": cases, "stages": stages, "tiers": tiers, "tierNames": names}, len(last)
+    found = {"cases": cases, "stages": stages, "tiers": tiers, "tierNames": protocol.TIERS}
+    return found, len(last)
 
 
 def embedded(value):
