@@ -138,31 +138,31 @@ def summary_html(run):
             whole.append(row)
     if not whole:
         return f"<p>{shown(sentence)} No results yet: eval.py writes results.json at its end.</p>"
-    parts = []
-    for place, (metric, name) in enumerate(SCORES.items()):
-        left = 30 + 295 * place
-        parts.append(f'<text class="name" x="{left}" y="14">{name}, %</text>')
+    pictures = ""
+    for metric, name in SCORES.items():
+        parts = [f'<text class="name" x="30" y="14">{name}, %</text>']
         for tick in (0, 50, 100):
             y = 190 - 1.6 * tick
-            parts.append(f'<path class="grid" d="M{left} {y}h260"/>')
-            parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{tick}</text>')
+            parts.append(f'<path class="grid" d="M30 {y}h260"/>')
+            parts.append(f'<text x="24" y="{y + 4}" text-anchor="end">{tick}</text>')
         for number, row in enumerate(whole):
             cell = row[metric]
-            x = left + 260 * (number + 0.5) / len(whole)
+            x = 30 + 260 * (number + 0.5) / len(whole)
             stage = shown(row["stage"])
             parts.append(f'<text x="{x:.0f}" y="210" text-anchor="middle">{stage}</text>')
             if cell["value"] is None:
                 continue
             value, low, high = (190 - 160 * (cell[key] or 0) for key in ("value", "low", "high"))
             parts.append(f'<path class="interval" d="M{x:.0f} {low:.1f}V{high:.1f}"/>')
-            parts.append(f'<circle class="dot" cx="{x:.0f}" cy="{value:.1f}" r="5"/>')
+            parts.append(f'<circle class="dot" cx="{x:.0f}" cy="{value:.1f}" r="3"/>')
             label = f"{100 * cell['value']:.0f}"
             parts.append(f'<text class="name" x="{x + 9:.0f}" y="{value + 4:.1f}">{label}</text>')
+        title = f"<title>{name} after each stage</title>"
+        pictures += f'<svg viewBox="0 0 295 220" role="img">{title}{"".join(parts)}</svg>'
     return (
         f"<p>{shown(sentence)}</p><p class='soft'>Share of {whole[0]['n']} held-out cases with the "
         f"highest verdict, under the {shown(mode)} prompt; bars are 95% intervals.</p>"
-        f'<svg class="summary" viewBox="0 0 890 220" role="img"><title>Scores after each stage'
-        f"</title>{''.join(parts)}</svg>"
+        f'<div class="summary">{pictures}</div>'
     )
 
 
