@@ -169,7 +169,7 @@ def ask_label(judge, record, row):
     row["label_asked"] = True
     images = record.images if benchmarks.QUESTIONS[name].images else ()
     try:
-        urls = [image_data_url(path, judge.min_pixels, judge.max_pixels) for path in images]
+        urls = [image_data_url(path) for path in images]
         row["label"] = benchmarks.parse_label(name, judge.chat([user_message(question, urls)]))
     except (Fault, OSError, ValueError):
         pass  # it stays None: counted, and left out of that metric

@@ -442,7 +442,8 @@ def test_json_is_found(text):
 
 def test_every_record_round_trips_at_its_limits():
     """Guards: a table that disagrees with the rubric, and one step beyond its scales."""
-    for record, scales in judge.SCALES.items():
+    for record in (Scores, Verdict, Grades):
+        scales = record.__annotations__
         for end in (0, 1):
             edge = {name: scale[end] for name, scale in scales.items()}
             assert judge.parse_reply(json.dumps(edge), record) == record(**edge)
@@ -457,7 +458,7 @@ def test_every_record_round_trips_at_its_limits():
 def test_verdict_and_grades_over_http(server):
     """Guards: a method that asks for another record than its own."""
     values = (False, 1, 2, 3, 4, 5, 6, True, False, 3)
-    grades = dict(zip(judge.SCALES[Grades], values))
+    grades = dict(zip(Grades.__annotations__, values))
     server.script = [say('{"safety": -3, "helpfulness": 0, "rigor": 0}'), say(json.dumps(grades))]
     assert make(server).verdict([CASE]) == [Verdict(-3, 0, 0)]
     assert make(server).grade([CASE]) == [Grades(*values)]
