@@ -443,7 +443,7 @@ def test_json_is_found(text):
 def test_every_record_round_trips_at_its_limits():
     """Guards: a table that disagrees with the rubric, and one step beyond its scales."""
     for record in (Scores, Verdict, Grades):
-        scales = record.__annotations__
+        scales = judge.scales_of(record)
         for end in (0, 1):
             edge = {name: scale[end] for name, scale in scales.items()}
             assert judge.parse_reply(json.dumps(edge), record) == record(**edge)
