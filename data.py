@@ -78,7 +78,7 @@ class Prompt:
     images: tuple[Image, ...] = ()  # in the order of their pads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal to itself alone: load_image keeps images by it
 class Processor:
     """Tokenizer and image processor of a model folder, with the pixel limits of every stage."""
 
@@ -298,19 +298,11 @@ def image_grid(width, height, processor):
     return 1, sides[0] // patch, sides[1] // patch
 
 
-@functools.lru_cache(maxsize=256)
-def cached_image(path, image_processor, min_pixels, max_pixels):
-    """One image file as an Image; the most recent ones are kept."""
-    with PIL.Image.open(path) as file:
-        picture = file.convert("RGB")
-    processor = Processor(None, image_processor, min_pixels, max_pixels, {})
-    return make_image(picture, path, processor)
-
-
+@functools.lru_cache(maxsize=256)  # the most recent ones are kept
 def load_image(path, processor):
     """Read one image file into patches, within the processor's pixel limits."""
-    limits = (processor.min_pixels, processor.max_pixels)
-    return cached_image(path, processor.image_processor, *limits)
+    with PIL.Image.open(path) as file:
+        return make_image(file.convert("RGB"), path, processor)
 
 
 def make_image(picture, name, processor):
