@@ -304,8 +304,8 @@ def read_raw(folder):
 
 
 def split_items(records, size):
-    """{id: "eval", "train", "repeated" or "shares ..."}: at most `size` are held out for
-    evaluation.
+    """{id: "eval", "repeated", "shares ..." or, what training may take, "spare"}: at most `size`
+    are held out for evaluation.
 
     The order is drawn by hash, so neither seed nor order matters. Training keeps no item that
     shares an image (by pixels) or a question (by words) with a held-out one. Ours; PAPERS 1.4 has
@@ -329,18 +329,8 @@ def split_items(records, size):
             placed[record.id] = "eval"
         else:
             shares = not own.isdisjoint(given_away)
-            placed[record.id] = "shares image or question with eval" if shares else "train"
+            placed[record.id] = "shares image or question with eval" if shares else "spare"
     return placed
-
-
-def usable_reply(text):
-    """A teacher's reply without a thinking model's own draft; raises Fault on half a character."""
-    text = text.rpartition("</think>")[2]
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise Fault("half a character", str(error)) from error
-    return text
 
 
 def plan_item(record, teacher, urls):
@@ -371,7 +361,8 @@ def draft(record, teacher, config, respond):
         system = system_prompt("planned", plan) + TEACHER_NOTE
         messages = [{"role": "system", "content": system}, user_message(record.question, urls)]
         for _ in range(ATTEMPTS):
-            reply = teacher.chat(messages, usable_reply)
+            reply = teacher.chat(messages).rpartition("</think>")[2]  # thinking models draft first
+            reply = reply.encode(errors="ignore").decode()  # half a character fits in no file
             check = protocol.check(reply, plan)
             if check.legal:
                 break
@@ -443,43 +434,36 @@ def add_pairs(records, rows, scorer, seed):
             row["rejected"][kind] = text
 
 
-def make_rows(records, known, path, make):
-    """The rows of these records in order; those not `known` are made, a batch at a time, and added
-    to the file."""
-    missing = [record for record in records if record.id not in known]
-    for start in range(0, len(missing), BATCH):
-        rows = make(missing[start : start + BATCH])
-        append_jsonl(path, rows)
-        known.update((row["id"], row) for row in rows)
-    return [known[record.id] for record in records]
-
-
 def make_items(records, placed, sizes, teacher, scorer, config, path):
     """Everything that asks a model. Returns {id: row}; `placed` gets each item's set or outcome.
 
     Training items are drafted until there are enough good ones; of the rest, those that were
     rejected among them, come the GRPO prompts."""
-    known = {row["id"]: row for row in resume_jsonl(path)}
+    known = {}
+    for row in resume_jsonl(path):
+        if not row["outcome"].startswith("failed"):  # those are asked again
+            known[row["id"]] = row
 
-    def respond(batch):
-        rows = draft_all(batch, teacher, config, respond=True)
-        judge_drafts(batch, rows, scorer)
-        add_pairs(batch, rows, scorer, config.seed)
-        return rows
+    def keep(rows):
+        append_jsonl(path, rows)
+        known.update((row["id"], row) for row in rows)
 
-    def plan_only(batch):
-        return draft_all(batch, teacher, config, respond=False)
-
-    train = [record for record in records if placed[record.id] == "train"]
+    spare = [record for record in records if placed[record.id] == "spare"]
     held = [record for record in records if placed[record.id] == "eval"]
     accepted = 0
     rest = []
-    for start in tqdm(range(0, len(train), BATCH), desc="build: drafts", leave=False):
-        batch = train[start : start + BATCH]
+    for start in tqdm(range(0, len(spare), BATCH), desc="build: drafts", leave=False):
+        batch = spare[start : start + BATCH]
         if accepted >= sizes["sft"]:
             rest += batch
             continue
-        for record, row in zip(batch, make_rows(batch, known, path, respond)):
+        if any(record.id not in known for record in batch):  # all, or pairs would be other ones
+            rows = draft_all(batch, teacher, config, respond=True)
+            judge_drafts(batch, rows, scorer)
+            add_pairs(batch, rows, scorer, config.seed)
+            keep(rows)
+        for record in batch:
+            row = known[record.id]
             placed[record.id] = row["outcome"]
             if row["outcome"] == "accepted" and accepted < sizes["sft"]:
                 accepted += 1
@@ -490,7 +474,11 @@ def make_items(records, placed, sizes, teacher, scorer, config, path):
         counts = dict(Counter(placed.values()))
         raise DataError(f"no response of the teacher was accepted, so nothing can train: {counts}")
     for name, chosen in (("grpo", rest[: sizes["grpo"]]), ("eval", held)):
-        for record, row in zip(chosen, make_rows(chosen, known, path, plan_only)):
+        missing = [record for record in chosen if record.id not in known]
+        for start in range(0, len(missing), BATCH):
+            keep(draft_all(missing[start : start + BATCH], teacher, config, respond=False))
+        for record in chosen:
+            row = known[record.id]
             placed[record.id] = name if "plan" in row else row["outcome"]
     return known
 
@@ -594,3 +582,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (OSError, ConfigError, DataError, PlanError, StageError, JudgeError) as problem:
         sys.exit(str(problem))
+    except KeyboardInterrupt:
+        print("build: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

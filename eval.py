@@ -437,3 +437,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (OSError, ConfigError, DataError, StageError, qwen.ModelError, JudgeError) as problem:
         sys.exit(str(problem))
+    except KeyboardInterrupt:
+        print("eval: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

@@ -99,7 +99,7 @@ def normalized(text):
             marks.append(" ")
         elif kind != "Cf":  # invisible
             marks.append(mark)
-    return " ".join("".join(marks).split())
+    return " ".join("".join(marks).split()) or text  # marks alone stay as they are
 
 
 @cache  # a picture is often in several records
@@ -367,3 +367,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (OSError, ConfigError, DataError, StageError, qwen.ModelError, JudgeError) as problem:
         sys.exit(str(problem))
+    except KeyboardInterrupt:
+        print("qibox: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
