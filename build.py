@@ -53,7 +53,7 @@ from judge import (
     user_message,
 )
 from protocol import GATE, PERSONAS, TOOLS, Plan, PlanError, make_plan, plan_from_dict
-from qibox import image_hash, normalized
+from qibox import image_hash, normalized, record_row
 from trainer import StageError, lock_folder
 
 # Items, as the paper; fewer raw items are shared out in the same proportion.
@@ -491,13 +491,7 @@ def write_sets(folder, records, known, placed):
         if name not in sets:
             continue
         made = known[record.id]
-        row = {
-            "id": record.id,
-            "images": [os.path.relpath(path, folder) for path in record.images],
-            "question": record.question,
-            "plan": made["plan"],
-            "meta": record.meta,
-        }
+        row = record_row(record, folder) | {"plan": made["plan"]}
         if name == "eval":
             row["benchmark"] = "held-out"
         if name == "sft":

@@ -31,13 +31,11 @@ import PIL.Image
 from tqdm import tqdm
 
 import model as qwen
-import protocol
 from config import ConfigError, guard, parse_config, write_text
 from data import (
     DataError,
     append_jsonl,
     check_lengths,
-    decode_response,
     markdown_table,
     read_jsonl,
     read_records,
@@ -48,8 +46,9 @@ from data import (
     write_jsonl,
 )
 from judge import Case, JudgeError
+from protocol import plan_to_dict
 from reward import structured_reward
-from rollout import sample
+from rollout import respond
 from trainer import (
     StageError,
     load_policy,
@@ -110,94 +109,67 @@ def image_hash(path):
     return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
 
-def find_duplicates(records):
-    """{id: id of the first record with the same question and the same images}."""
-    first = {}
-    duplicates = {}
-    for record in records:
-        key = (normalized(record.question), *map(image_hash, record.images))
-        original = first.setdefault(key, record.id)
-        if original != record.id:
-            duplicates[record.id] = original
-    return duplicates
+def find_copies(pool, held_out):
+    """{id: why} of the records that are dropped before the box is drawn.
 
-
-def find_overlap(records, others):
-    """{id: "image" or "text"} of the records that an evaluation set gives away.
-
-    image: an image is the same; text: the record has no image and its question is the same. An
+    duplicate: question and images are those of a record before it. overlap: image: the evaluation
+    has one of its images. overlap: text: it has no image, and the evaluation asks its question; an
     equal question about another image is no overlap.
     """
-    images = {image_hash(path) for other in others for path in other.images}
-    texts = {normalized(other.question) for other in others}
-    overlap = {}
-    for record in records:
-        if not images.isdisjoint(map(image_hash, record.images)):
-            overlap[record.id] = "image"
-        elif not record.images and normalized(record.question) in texts:
-            overlap[record.id] = "text"
-    return overlap
+    texts = {normalized(record.question) for record in held_out}
+    images = set()
+    for record in held_out:
+        images.update(map(image_hash, record.images))
+    seen = set()
+    copies = {}
+    for record in pool:
+        text = normalized(record.question)
+        hashes = tuple(map(image_hash, record.images))
+        if (text, hashes) in seen:
+            copies[record.id] = "duplicate"
+        elif not images.isdisjoint(hashes):
+            copies[record.id] = "overlap: image"
+        elif not hashes and text in texts:
+            copies[record.id] = "overlap: text"
+        seen.add((text, hashes))
+    return copies
 
 
 # ---- scores --------------------------------------------------------------------------------------
-
-
-def data_folder(config):
-    return config.data or os.path.join(config.out, "data")
-
-
-def read_pool(config):
-    return read_records(set_path(data_folder(config), "pool"), "grpo")
 
 
 def grade_batch(config, model, processor, judge, records):
     """{id, model, scores, safe} per record: qi_samples answers under the generic prompt, graded."""
     name = config.model or "base"
     prompts = [record_prompt(record, "generic", processor) for record in records]
-    features = qwen.encode_images(model, [image for prompt in prompts for image in prompt.images])
+    features = qwen.encode_images(model, sum([prompt.images for prompt in prompts], ()))
+    plans = [None] * len(prompts)
     seeds = [stable_hash("qibox", config.seed, name, record.id) for record in records]
-    sampled = sample(
-        model,
-        prompts,
-        features,
-        config.qi_samples,
-        config.max_response,
-        config.temperature,
-        processor.end_of_turn,
-        seeds,
-        config.rollout_rows,
+    count, temperature = config.qi_samples, config.temperature
+    responses = respond(
+        config, model, processor, prompts, plans, features, count, temperature, seeds
     )
     cases = []
-    for record, samples in zip(records, sampled):
-        for response in samples:
-            check = protocol.check(decode_response(response.tokens, processor))
-            cases.append(Case(record.question, record.images, check, record.meta))
+    for record, items in zip(records, responses):
+        for item in items:
+            cases.append(Case(record.question, record.images, item.check, record.meta))
     grades = iter(judge.grade(cases))
+    weights = (config.weight_reasoning, config.weight_logic)
+    weights += (config.weight_grounding, config.weight_safety)
     rows = []
     for record in records:
-        row = {"id": record.id, "model": name, "scores": [], "safe": []}
-        for _ in range(config.qi_samples):
-            grade = next(grades)
-            reward = structured_reward(
-                grade,
-                config.weight_reasoning,
-                config.weight_logic,
-                config.weight_grounding,
-                config.weight_safety,
-                config.penalties,
-            )
-            row["scores"].append(reward and reward.total)  # None where the judge failed
-            row["safe"].append(grade and grade.safe)
+        given = [next(grades) for _ in range(count)]  # None where the judge failed
+        rewards = [structured_reward(grade, *weights, config.penalties) for grade in given]
+        row = {"id": record.id, "model": name}
+        row["scores"] = [reward and reward.total for reward in rewards]
+        row["safe"] = [grade and grade.safe for grade in given]
         rows.append(row)
     return rows
 
 
-def score(config):
+def score(config, folder, pool):
     """Append a row for every record of the pool that has none to scores-<model>.jsonl."""
-    folder = Path(config.out) / "qibox"
     name = config.model or "base"
-    pool = read_pool(config)
-    lock_folder(folder)
     path = folder / f"scores-{name.replace('/', '_')}.jsonl"
     done = {row["id"] for row in resume_jsonl(path)}
     records = [record for record in pool if record.id not in done]
@@ -216,28 +188,34 @@ def score(config):
     print(f"qibox: {path}: {len(records)} records scored; judge {dict(judge.counts)}")
 
 
-def read_scores(config):
-    """({id: {model: [score]}}, how many answers have none) of all scores-*.jsonl."""
-    folder = Path(config.out) / "qibox"
+def read_scores(folder, size):
+    """({id: {model: [score]}}, how many answers have none) of all scores-*.jsonl.
+
+    Raises DataError where there is none, and where one has not all `size` records of the pool.
+    """
+    command = "run `python qibox.py score` with the same flags"
     scores = {}
     lost = 0
     for path in sorted(folder.glob("scores-*.jsonl")):
-        for row in read_jsonl(path):
+        rows = read_jsonl(path)
+        if len(rows) < size:
+            raise DataError(f"{path} has {len(rows)} of {size} records: {command}")
+        for row in rows:
             given = [value for value in row["scores"] if value is not None]
             lost += len(row["scores"]) - len(given)
             if given:
                 scores.setdefault(row["id"], {})[row["model"]] = given
     if not scores:
-        raise DataError(f"{folder} has no scores: run `python qibox.py score` with the same flags")
+        raise DataError(f"{folder} has no scores: {command}")
     return scores, lost
 
 
 # ---- the box -------------------------------------------------------------------------------------
 
 
-def read_held_out(config, against):
-    """The records of every evaluation set that the pool must not overlap."""
-    path = set_path(data_folder(config), "eval")
+def read_held_out(config, folder, against):
+    """The records of every evaluation set that the pool, in this folder, must not overlap."""
+    path = set_path(folder, "eval")
     records = []
     if path.exists() or not (config.benchmarks or against):
         records = read_records(path, "eval")
@@ -278,21 +256,22 @@ def curate(pool, status, scores, config):
     if not points:
         raise DataError(f"none of {len(pool)} records has a score and may be kept")
     qualities, instabilities = zip(*points.values())
-    low, high = np.quantile(qualities, (config.qi_low, config.qi_high))
-    bounds = (low, high, np.quantile(instabilities, config.qi_unstable))
-    inside = [name for name, point in points.items() if place(*point, bounds) == "in the box"]
-    if not inside:
-        raise DataError(f"no record is in the box ({box_text(bounds)}): change the --qi_ flags")
-    kept = set(inside)
-    if config.curate == "random":  # the ablation: as many, at random
-        rng = random.Random(stable_hash("qibox", config.seed))
-        kept = set(rng.sample(list(points), len(inside)))
+    band = np.quantile(qualities, (config.qi_low, config.qi_high))
+    bounds = (*band, np.quantile(instabilities, config.qi_unstable))
     rows = []
     for record in pool:
         q, u = points.get(record.id, (None, None))
         why = status.get(record.id, "no score") if q is None else place(q, u, bounds)
         row = {"id": record.id, "kind": record.meta.get("kind", ""), "status": why}
-        rows.append(row | {"quality": q, "instability": u, "kept": record.id in kept})
+        rows.append(row | {"quality": q, "instability": u})
+    kept = {row["id"] for row in rows if row["status"] == "in the box"}
+    if not kept:
+        raise DataError(f"no record is in the box ({box_text(bounds)}): change the --qi_ flags")
+    if config.curate == "random":  # the ablation: as many, at random
+        rng = random.Random(stable_hash("qibox", config.seed))
+        kept = set(rng.sample(list(points), len(kept)))
+    for row in rows:
+        row["kept"] = row["id"] in kept
     return rows, bounds
 
 
@@ -315,36 +294,30 @@ def status_table(rows, bounds, lost):
     return f"{box_text(bounds)}; {lost} answers have no score\n\n{table}\n"
 
 
-def draw_box(config, against):
-    """Read pool, evaluation sets and scores; write grpo.jsonl, status.jsonl and table.md."""
-    folder = Path(config.out) / "qibox"
-    path = folder / "grpo.jsonl"
-    pool = read_pool(config)
-    held_out = read_held_out(config, against)
-    lock_folder(folder)
+def record_row(record, folder):
+    """A record as a row of a set in this folder."""
+    return {
+        "id": record.id,
+        "images": [os.path.relpath(path, folder) for path in record.images],
+        "question": record.question,
+        "plan": record.plan and plan_to_dict(record.plan),
+        "meta": record.meta,
+    }
+
+
+def draw_box(config, folder, pool, held_out):
+    """Write table.md, status.jsonl and grpo.jsonl; again where they are, since one more model may
+    have been scored."""
     inputs = {"pool": records_fingerprint(pool), "held out": records_fingerprint(held_out)}
     guard(folder, config, "qibox", inputs)
-    if path.exists():
-        return print(f"qibox: {path} is there already")
-    status = dict.fromkeys(find_duplicates(pool), "duplicate")
-    for name, kind in find_overlap(pool, held_out).items():
-        status.setdefault(name, f"overlap: {kind}")
-    scores, lost = read_scores(config)
-    rows, bounds = curate(pool, status, scores, config)
+    scores, lost = read_scores(folder, len(pool))
+    rows, bounds = curate(pool, find_copies(pool, held_out), scores, config)
     table = status_table(rows, bounds, lost)
     write_text(folder / "table.md", table)
     write_jsonl(folder / "status.jsonl", rows)
-    kept = {row["id"] for row in rows if row["kept"]}
-    prompts = []
-    for record in pool:
-        if record.id in kept:
-            images = [os.path.relpath(image, folder) for image in record.images]
-            row = {"id": record.id, "images": images, "question": record.question}
-            if record.plan:
-                row["plan"] = protocol.plan_to_dict(record.plan)
-            prompts.append(row | {"meta": record.meta})
-    write_jsonl(path, prompts)  # last: where it is, all is there
-    print(f"qibox: {path}: {len(prompts)} of {len(pool)} records\n\n{table}")
+    kept = [record_row(record, folder) for record, row in zip(pool, rows) if row["kept"]]
+    write_jsonl(folder / "grpo.jsonl", kept)  # last: where it is, all is there
+    print(f"qibox: {folder}/grpo.jsonl: {len(kept)} of {len(pool)} records\n\n{table}")
 
 
 def main(argv):
@@ -356,10 +329,15 @@ def main(argv):
     config = parse_config(flags)
     if config.curate == "none":
         return print("qibox: --curate none: nothing is curated, GRPO trains on all prompts")
+    folder = Path(config.out) / "qibox"
+    source = config.data or os.path.join(config.out, "data")
+    pool = read_records(set_path(source, "pool"), "grpo")
+    held_out = [] if words == ["score"] else read_held_out(config, source, known.against)
+    lock_folder(folder)
     if words != ["box"]:
-        score(config)
+        score(config, folder, pool)
     if words != ["score"]:
-        draw_box(config, known.against)
+        draw_box(config, folder, pool, held_out)
 
 
 if __name__ == "__main__":
