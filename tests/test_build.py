@@ -395,8 +395,10 @@ def test_a_teacher_that_often_fails_loses_nothing(server, fresh):
     assert len(used) == items["sft"] + items["grpo"] + items["eval"] <= N - failed - 1
 
 
-def test_a_dead_server_stops_the_run_and_keeps_the_work(server, fresh):
-    """Guards: hours of work lost with the server; a run that goes on with every item failed."""
+def test_a_dead_server_stops_the_run_and_keeps_the_work(server, fresh, monkeypatch):
+    """Guards: hours of work lost with the server; a run that goes on with every item failed; items
+    that failed while it died taken for lost."""
+    monkeypatch.setattr(judge, "FATAL_ROW", 8)  # of 16 that are asked side by side
     folder = fresh("a")
     server.dies_at = 4 + 60
     with pytest.raises(judge.JudgeError, match="the same command goes on from"):
