@@ -349,10 +349,11 @@ def credit_prompt(run, groups, features):
                 moved.trajectories.append(item)
         corrections.append(moved)
     packs = by_context(corrections)
-    for micro, packs in in_micro_batches(run, [packed_group(items) for _, items in packs], packs):
+    packed = [packed_group(items) for _, items in packs]
+    for micro, some in in_micro_batches(run, packed, packs):
         with torch.no_grad():
             logprobs, mask = token_logprobs(run, micro, features, run.config.temperature)
-        moved = sum([items for _, items in packs], [])
+        moved = sum([items for _, items in some], [])
         for item, row, keep in zip(moved, logprobs, mask):
             item.logprobs = row[keep].tolist()
 
@@ -374,8 +375,8 @@ def update_policy(run, step, groups, features, on_policy=True):
     responses = sum([ids for _, ids in packed], [])
     counts = losses.denominators([len(ids) for ids in responses])
     denominator = total(run, counts[config.loss_mean])
-    for micro, packs in in_micro_batches(run, packed, packs):
-        items = sum([items for _, items in packs], [])
+    for micro, some in in_micro_batches(run, packed, packs):
+        items = sum([items for _, items in some], [])
         old = pad_sequence([torch.tensor(item.logprobs) for item in items], batch_first=True)
         old = old.to(run.device)  # (S, T)
         advantages = torch.tensor([item.advantage for item in items], device=run.device)  # (S,)
@@ -401,7 +402,7 @@ def update_policy(run, step, groups, features, on_policy=True):
             config.max_response,
         )
         loss.backward()
-        check_finite(run, loss, [name for name, _ in packs])
+        check_finite(run, loss, [name for name, _ in some])
         tokens = sums.pop("tokens")
         sums["entropy"] = entropy.sum()
         if on_policy:  # sampler and trainer are one function: what is left is rounding

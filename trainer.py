@@ -208,9 +208,7 @@ def open_run(config, stage, records):
     model.attach_lora(policy, config.lora_r, config.lora_alpha, config.seed)
     parameters = model.lora_parameters(policy)
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=config.weight_decay)
-    run = Run(
-        config, stage, folder, policy, processor, parameters, optimizer, device, rank, world
-    )
+    run = Run(config, stage, folder, policy, processor, parameters, optimizer, device, rank, world)
     report(
         run,
         f"{stage}: {len(records)} records, longest prompt {longest} tokens, image tokens mean "

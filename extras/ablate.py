@@ -183,7 +183,11 @@ def take_over(source, folder, stages):
     """Copy what the first run has finished: stages, answers, the scores of its pool."""
     patterns = ["qibox/scores-*", "eval/base-*.jsonl"]
     for stage in stages:
-        patterns += [f"{stage}/adapter.safetensors", f"{stage}/config.json", f"eval/{stage}-*.jsonl"]
+        patterns += [
+            f"{stage}/adapter.safetensors",
+            f"{stage}/config.json",
+            f"eval/{stage}-*.jsonl",
+        ]
     for pattern in patterns:
         for path in source.glob(pattern):
             target = folder / path.relative_to(source)

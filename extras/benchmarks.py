@@ -181,6 +181,7 @@ def make_record(source, row, key, question, images, meta, answer=None, choices=N
 
 
 def beavertails_v(source, split="evaluation"):
+    """A record for each pair of question and image of a split."""
     fields = {"question": str, "image": IMAGE, "category": str}
     cases = []  # rows of one case differ in the response that they rate: not read here
     for row in read_rows(source, rf"(^|/){split}[-/.]", fields):
@@ -193,6 +194,7 @@ def beavertails_v(source, split="evaluation"):
 
 
 def mm_safetybench(source):
+    """Three records a question: SD, SD_TYPO and TYPO; of either layout."""
     if list(source.folder.rglob("processed_questions")):
         yield from mm_safetybench_github(source)
         return
@@ -207,6 +209,7 @@ def mm_safetybench(source):
 
 
 def mm_safetybench_github(source):
+    """The layout of its GitHub page, images beside the questions."""
     fields = {"Question": str, "Rephrased Question": str, "Rephrased Question(SD)": str}
     for row in read_rows(source, "processed_questions/[^/]*json$", fields):
         scenario = row.path.stem
@@ -234,6 +237,7 @@ MSS_ROBOT = (
 
 
 def mssbench(source):
+    """Each question with a safe and with an unsafe image, or instruction; chat and embodied."""
     chat = {"queries": list, "safe_image_path": str, "unsafe_image_path": str, "Type": str}
     robot = dict(safe_instructions=list, unsafe_instructions=list, safe=str, unsafe=str)
     robot["category"] = str
@@ -257,6 +261,7 @@ def mssbench(source):
 
 
 def siuo(source):
+    """A record a row, with its warning and reference answer."""
     fields = {"question_id": int | str, "image": str, "question": str, "category": str}
     fields |= {"safety_warning": str, "reference_answer": str}
     for row in read_rows(source, r"^siuo_gen\.json", fields):
@@ -269,6 +274,7 @@ def siuo(source):
 
 
 def spa_vl(source):
+    """Its harm split; help is no safety test."""
     for row in read_rows(source, r"^(test/)?harm[-/.]", {"question": str, "image": IMAGE}):
         image = image_path(source, row, row.cells["image"])
         meta = {"category": row.cells.get("class1") or ""}
@@ -284,6 +290,7 @@ VLGUARD = {  # field of a row -> half, right form of the answer
 
 
 def vlguard(source):
+    """One record of an unsafe image, two of a safe one: safe and unsafe instruction."""
     fields = {"id": str, "image": str, "safe": bool, "instr-resp": list}
     for row in read_rows(source, r"^test\.json", fields):
         cells = row.cells
@@ -305,6 +312,7 @@ def vlguard(source):
 
 
 def vlsbench(source):
+    """A record a row."""
     fields = {"instruction_id": int | str, "instruction": str, "image_path": str, "category": str}
     for row in read_rows(source, r"^data\.json", fields):
         cells = row.cells
@@ -315,6 +323,7 @@ def vlsbench(source):
 
 
 def mossbench(source):
+    """A record a row, all harmless."""
     fields = {"image": str, "question": str, "metadata": dict}
     for row in read_rows(source, r"^images_information/information\.json$", fields):
         images = [str(source.folder / row.cells["image"])]
@@ -323,6 +332,7 @@ def mossbench(source):
 
 
 def pope(source):
+    """A record a row of the three splits, answered by yes or no."""
     fields = {"question_id": int | str, "image": str, "text": str, "label": str}
     for split in ("random", "popular", "adversarial"):
         for row in read_rows(source, rf"(^|/)coco_pope_{split}\.jsonl?$", fields, lines=True):
@@ -336,6 +346,7 @@ def pope(source):
 
 
 def mm_vet(source):
+    """A record a row, by capability."""
     fields = {"imagename": str, "question": str, "answer": str, "capability": list}
     for row in read_rows(source, r"^mm-vet\.json$", fields):
         images = [str(source.folder / "images" / row.cells["imagename"])]
@@ -345,6 +356,7 @@ def mm_vet(source):
 
 
 def mmmu(source):
+    """The validation split: letters or short answers, one to seven images."""
     fields = {"id": str, "question": str, "options": str | list, "answer": str}
     for row in read_rows(source, r"(^|/)validation[-/.]", fields):
         cells = row.cells
@@ -378,6 +390,7 @@ def mmmu(source):
 
 
 def mmstar(source):
+    """A record a row; the question lists its options."""
     fields = {"index": int | str, "question": str, "image": IMAGE, "answer": str, "category": str}
     for row in read_rows(source, r"^mmstar\.|(^|/)val[-/.]", fields):
         cells = row.cells
@@ -388,6 +401,7 @@ def mmstar(source):
 
 
 def mathvista(source):
+    """The testmini split."""
     fields = {"pid": str, "query": str, "answer": str, "question_type": str, "answer_type": str}
     for row in read_rows(source, r"(^|/)testmini[-/.]", fields):
         cells = row.cells

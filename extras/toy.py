@@ -235,9 +235,7 @@ def truth(case):
             "terms": case.verb if alarming else "none",
             "flagged": "yes" if alarming else "no",
         },
-        "CROSS-MODAL-SYNC": {
-            "relation": "compound" if case.kind == "implicit" else "consistent"
-        },
+        "CROSS-MODAL-SYNC": {"relation": "compound" if case.kind == "implicit" else "consistent"},
         "INTENT-RADAR": {
             "intent": INTENT[expected(case)],
             "evidence": f"asks to {case.verb} {case.thing}",

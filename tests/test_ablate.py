@@ -1,4 +1,5 @@
-"""The ablations: their data, their flags, their evaluation. The training itself is tested elsewhere."""
+"""The ablations: their data, their flags, their evaluation. The training itself is tested
+elsewhere."""
 
 import json
 import random
@@ -15,8 +16,11 @@ from extras.toy_base import build_toy
 
 def row_of(case):
     plan = build.plan_by_rules(toy.signals(case))[0]
-    return {"plan": protocol.plan_to_dict(plan), "response": protocol.render_response(toy.right_calls(case), toy.right_answer(case)),
-            "meta": {"case": case.__dict__}}
+    return {
+        "plan": protocol.plan_to_dict(plan),
+        "response": protocol.render_response(toy.right_calls(case), toy.right_answer(case)),
+        "meta": {"case": case.__dict__},
+    }
 
 
 def cases():
@@ -26,27 +30,40 @@ def cases():
 
 @pytest.mark.parametrize("topology", protocol.TOPOLOGIES)
 def test_topology_alone(topology):
-    """Guards: an ablated set whose traces are illegal under the topology that it is about, or whose answers were changed."""
+    """Guards: an ablated set whose traces are illegal under the topology that it is about, or whose
+    answers were changed."""
     for case in cases():
         row = ablate.change_row(row_of(case), "topology", topology)
         plan = protocol.plan_from_dict(row["plan"])
         checked = protocol.check(row["response"], plan)
-        assert plan.topology == topology and checked.violations == [] and checked.answer.strip() == toy.right_answer(case)
+        assert (
+            plan.topology == topology
+            and checked.violations == []
+            and checked.answer.strip() == toy.right_answer(case)
+        )
         assert all(call.fields == toy.truth(case)[call.tool] for call in checked.calls)
 
 
 def test_tiers():
-    """Guards: a tier that stays although the row is about leaving it out, and one that goes although it should stay."""
+    """Guards: a tier that stays although the row is about leaving it out, and one that goes
+    although it should stay."""
     for case in cases():
         whole = protocol.check(row_of(case)["response"]).calls
-        for letters, tiers in (("P", {"perception"}), ("PR", {"perception", "reasoning"}), ("PRD", {"perception", "reasoning", "decision"})):
+        for letters, tiers in (
+            ("P", {"perception"}),
+            ("PR", {"perception", "reasoning"}),
+            ("PRD", {"perception", "reasoning", "decision"}),
+        ):
             checked = protocol.check(ablate.change_row(row_of(case), "tiers", letters)["response"])
-            assert [(c.tool, c.fields) for c in checked.calls] == [(c.tool, c.fields) for c in whole if protocol.TOOLS[c.tool].tier in tiers]
+            assert [(c.tool, c.fields) for c in checked.calls] == [
+                (c.tool, c.fields) for c in whole if protocol.TOOLS[c.tool].tier in tiers
+            ]
             assert checked.answer.strip() == toy.right_answer(case)
 
 
 def test_change_data_keeps_pictures(tmp_path):
-    """Guards: paths of pictures that point into the void from the changed set's folder; an evaluation set that got responses."""
+    """Guards: paths of pictures that point into the void from the changed set's folder; an
+    evaluation set that got responses."""
     build_toy(str(tmp_path / "data"), 0, {"sft": 12, "eval": 12})
     ablate.change_data(tmp_path / "data", tmp_path / "run" / "data", "topology tree")
     records = data.read_records(tmp_path / "run" / "data" / "sft.jsonl", "sft")
@@ -55,7 +72,8 @@ def test_change_data_keeps_pictures(tmp_path):
 
 
 def test_every_row_can_be_run():
-    """Guards: a table row without a run, a flag that config.py refuses, a stage or prompt that the run never evaluates, a run in no table."""
+    """Guards: a table row without a run, a flag that config.py refuses, a stage or prompt that the
+    run never evaluates, a run in no table."""
     for method, runs in ablate.RUNS.items():
         named = {run for rows in ablate.STUDIES[method].values() for _, run, _, _ in rows}
         assert named == set(runs)
@@ -64,12 +82,16 @@ def test_every_row_can_be_run():
             for rows in ablate.STUDIES[method].values():
                 for _, used, stage, prompt in rows:
                     if used == name:
-                        assert stage in ("base", *parsed.stages.split(",")) and prompt in parsed.eval_prompts.split(",")
+                        assert stage in (
+                            "base",
+                            *parsed.stages.split(","),
+                        ) and prompt in parsed.eval_prompts.split(",")
             assert set(run.takes) <= set(parsed.stages.split(","))
 
 
 def test_runs_are_shared_and_resumed(tmp_path, monkeypatch):
-    """Guards: earlier stages that are trained again for every row, a finished row that is run again, a row that starts before what it takes over."""
+    """Guards: earlier stages that are trained again for every row, a finished row that is run
+    again, a row that starts before what it takes over."""
     started = []
 
     def fake(folder, words):
@@ -86,7 +108,10 @@ def test_runs_are_shared_and_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "command", fake)
     ablate.run_all(tmp_path, "toolkit", [0], 2)
     assert (tmp_path / "reward-answer-0" / "dpo" / "adapter.safetensors").read_text() == "dpo"
-    assert not (tmp_path / "sft-grpo-0" / "dpo").exists() and not (tmp_path / "tiers-P-0" / "sft" / "adapter.safetensors").exists()
+    assert (
+        not (tmp_path / "sft-grpo-0" / "dpo").exists()
+        and not (tmp_path / "tiers-P-0" / "sft" / "adapter.safetensors").exists()
+    )
     last_of_first = max(i for i, (folder, _, _) in enumerate(started) if folder == "full-0")
     assert all(folder == "full-0" for folder, _, _ in started[: last_of_first + 1])
     before = len(started)
@@ -95,11 +120,16 @@ def test_runs_are_shared_and_resumed(tmp_path, monkeypatch):
 
 
 def test_table_by_hand(tmp_path):
-    """Two seeds, 80% and 90%: mean 85.0, standard deviation 7.1 by hand. Guards: another row's numbers, a spread over samples."""
+    """Two seeds, 80% and 90%: mean 85.0, standard deviation 7.1 by hand. Guards: another row's
+    numbers, a spread over samples."""
     cell = lambda value: {"value": value, "low": value, "high": value}  # noqa: E731
     for seed, value in ((0, 0.8), (1, 0.9)):
-        rows = [{"stage": stage, "prompt": "generic", "kind": kind, "n": 9} | dict.fromkeys(ablate.SHOWN, cell(v))
-                for stage, v in (("sft", 0.1), ("grpo", value)) for kind in ("all", "implicit")]
+        rows = [
+            {"stage": stage, "prompt": "generic", "kind": kind, "n": 9}
+            | dict.fromkeys(ablate.SHOWN, cell(v))
+            for stage, v in (("sft", 0.1), ("grpo", value))
+            for kind in ("all", "implicit")
+        ]
         (tmp_path / f"full-{seed}").mkdir()
         (tmp_path / f"full-{seed}" / "results.json").write_text(json.dumps(rows))
     text = ablate.study_table(tmp_path, [("all", "full", "grpo", "generic")], [0, 1])
@@ -110,4 +140,11 @@ def test_table_by_hand(tmp_path):
     ablate.put_table(page, "b", "other")
     ablate.put_table(page, "b", "newer")
     page = page.read_text()
-    assert text in page and "old" not in page and page.startswith("words before\n") and "words after\n" in page and "newer" in page and "other" not in page
+    assert (
+        text in page
+        and "old" not in page
+        and page.startswith("words before\n")
+        and "words after\n" in page
+        and "newer" in page
+        and "other" not in page
+    )

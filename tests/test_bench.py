@@ -55,7 +55,8 @@ def test_both_samplers_do_the_same_work(model, sampler):
 
 
 def test_flop_of_the_prompt_are_counted_once(model):
-    """Guards: a counter that misses one side: K = 8 rows share a prompt that is most of the work."""
+    """Guards: a counter that misses one side: K = 8 rows share a prompt that is most of the
+    work."""
     prompt = bench.make_prompt(model, 200)
     responses = bench.sample_ours(model, prompt, 8, 5)
     ours = bench.count_gflop(bench.update_ours, model, prompt, responses)

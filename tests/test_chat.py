@@ -77,7 +77,8 @@ def test_the_checker_and_the_terminal(run_folder, monkeypatch, capsys):
 
 
 def test_greedy_is_the_samplers(run_folder, monkeypatch, capsys):
-    """Guards: another prompt than the evaluation's, or sampling where the most likely is asked for."""
+    """Guards: another prompt than the evaluation's, or sampling where the most likely is asked
+    for."""
     outs = [talk(monkeypatch, capsys, [], run_folder) for _ in range(2)]
     assert outs[0] == outs[1]
     assert talk(monkeypatch, capsys, [], run_folder, "--temperature", 1) != outs[0]

@@ -57,7 +57,11 @@ def test_values_have_the_types_of_their_fields():
     """Guards: --checkpointing 0 read as the true text "0"; --dry_run that takes the next flag."""
     words = ["--dry_run", "--checkpointing", "0", "--advantage_std=0", "--seed", "7", "--out", "x"]
     settings = parse_config(words)
-    assert (settings.dry_run, settings.checkpointing, settings.advantage_std) == (True, False, False)
+    assert (settings.dry_run, settings.checkpointing, settings.advantage_std) == (
+        True,
+        False,
+        False,
+    )
     assert (settings.seed, settings.out) == (7, "x")
     for field in dataclasses.fields(Config):
         assert type(getattr(settings, field.name)) is field.type, field.name
@@ -129,7 +133,9 @@ def test_command_line():
     assert json.loads(run("--seed", "4").stdout)["seed"] == 4
     assert "--sft_lr" in run("--help").stdout
     wrong = run("--grpo_k", "1")
-    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr and "--grpo_k 1" in wrong.stderr
+    assert (
+        wrong.returncode == 1 and "Traceback" not in wrong.stderr and "--grpo_k 1" in wrong.stderr
+    )
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """README.md and docs/ against the code: what they name exists, what they print is what comes out.
 
-    python tests/test_docs.py        writes reading minutes and line numbers into the README anew
+python tests/test_docs.py        writes reading minutes and line numbers into the README anew
 """
 
 import ast
@@ -172,7 +172,8 @@ def test_tables_of_results_are_those_of_the_ablations():
         assert row.split(" | ", 1)[1] in page, row
 
 
-# ---- examples --------------------------------------------------------------------------------------
+# ---- examples
+# --------------------------------------------------------------------------------------
 
 
 def test_example_trace_is_valid():
@@ -212,7 +213,8 @@ def test_plan_drawings_are_what_draw_plan_prints():
         assert data.draw_plan(plan) in README
 
 
-# ---- minutes and lines ---------------------------------------------------------------------------------
+# ---- minutes and lines
+# ---------------------------------------------------------------------------------
 
 
 def minutes(name):
@@ -229,7 +231,10 @@ def with_numbers(text):
         return f"[`{file}:{name}`]({file}#L{definitions(file)[name]})"
 
     text = re.sub(
-        r"^\| `([\w./]+)` \| [?\d]+ \|", lambda m: f"| `{m[1]}` | {minutes(m[1])} |", text, flags=re.M
+        r"^\| `([\w./]+)` \| [?\d]+ \|",
+        lambda m: f"| `{m[1]}` | {minutes(m[1])} |",
+        text,
+        flags=re.M,
     )
     head, table = text.split("\n## Symbol, flag, function\n")
     table, rest = table.split("\n## ", 1)

@@ -24,7 +24,8 @@ SHAPES = {"sft": (4, 8.0), "dpo": (6, 3.0)}  # r and alpha: scales 2 and 0.5
 
 
 def make_run(folder, dtype="float32"):
-    """A run folder whose base is random (far from flat) and whose two stages are random adapters."""
+    """A run folder whose base is random (far from flat) and whose two stages are random
+    adapters."""
     tokenizer = toy_base.make_tokenizer(folder / "base")
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(toy_base.tiny_config(tokenizer))
@@ -60,13 +61,19 @@ def exported(run_folder, tmp_path_factory):
 def check_prompt(run_folder, question="what is it?"):
     """(model, processor, a prompt with one picture) of the run with both adapters merged."""
     model, processor = load_policy(*read_run(run_folder), "cpu")
-    picture = data.make_image(export.PIL.Image.radial_gradient("L").convert("RGB"), "disc", processor)
+    picture = data.make_image(
+        export.PIL.Image.radial_gradient("L").convert("RGB"), "disc", processor
+    )
     return model, processor, data.encode_prompt("be brief.", question, (picture,), processor)
 
 
 def test_merged_weights_are_base_plus_every_update(run_folder, exported):
-    """Guards: a "merged" folder that is the base, an alpha that is left out, tensors under names that other loaders do not know."""
-    base, merged = load_file(run_folder / "base" / "model.safetensors"), load_file(exported / "model" / "model.safetensors")
+    """Guards: a "merged" folder that is the base, an alpha that is left out, tensors under names
+    that other loaders do not know."""
+    base, merged = (
+        load_file(run_folder / "base" / "model.safetensors"),
+        load_file(exported / "model" / "model.safetensors"),
+    )
     assert base.keys() == merged.keys()
     updates = {name: torch.zeros_like(tensor) for name, tensor in base.items()}
     for stage, (r, alpha) in SHAPES.items():
@@ -92,40 +99,79 @@ def test_sum_of_adapters_is_exact(run_folder, exported):
         adapter = load_file(run_folder / stage / "adapter.safetensors")
         wanted = wanted + alpha / r * adapter[f"{name}.B"] @ adapter[f"{name}.A"]
     key = f"base_model.model.{name}.lora_"
-    torch.testing.assert_close(total[f"{key}B.weight"] @ total[f"{key}A.weight"], wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        total[f"{key}B.weight"] @ total[f"{key}A.weight"], wanted, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_target_pattern_names_the_language_model_only(run_folder, exported):
-    """Guards: gate_proj, up_proj and down_proj of the vision tower, which have the same last names."""
+    """Guards: gate_proj, up_proj and down_proj of the vision tower, which have the same last
+    names."""
     model, _ = load_policy(read_run(run_folder)[0], [], "cpu")
-    pattern = json.loads((exported / "adapter-sft" / "adapter_config.json").read_text())["target_modules"]
-    hit = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and re.fullmatch(pattern, name)}
-    assert hit == {f"model.language_model.layers.{i}.{target}" for i in range(4) for target in modeling.TARGETS}
+    pattern = json.loads((exported / "adapter-sft" / "adapter_config.json").read_text())[
+        "target_modules"
+    ]
+    hit = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and re.fullmatch(pattern, name)
+    }
+    assert hit == {
+        f"model.language_model.layers.{i}.{target}" for i in range(4) for target in modeling.TARGETS
+    }
 
 
 def test_stock_generate_gives_our_greedy_text(run_folder, exported):
-    """Guards: another prompt, other weights or a penalty from a generation config between our sampler and whoever serves the export."""
+    """Guards: another prompt, other weights or a penalty from a generation config between our
+    sampler and whoever serves the export."""
     model, processor, prompt = check_prompt(run_folder)
-    (ours,), = rollout.sample(model, [prompt], modeling.encode_images(model, prompt.images), 1, 24, 0.0, processor.end_of_turn, [0])
-    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(exported / "model", dtype="auto").eval()
+    ((ours,),) = rollout.sample(
+        model,
+        [prompt],
+        modeling.encode_images(model, prompt.images),
+        1,
+        24,
+        0.0,
+        processor.end_of_turn,
+        [0],
+    )
+    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        exported / "model", dtype="auto"
+    ).eval()
     assert stock.generation_config.suppress_tokens == modeling.banned_token_ids(model)
     ids = torch.tensor([prompt.ids])
-    made = stock.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == stock.config.image_token_id).int(),
-                          pixel_values=prompt.images[0].patches, image_grid_thw=torch.tensor([prompt.images[0].grid]))
-    assert made[0, len(prompt.ids):].tolist() == ours.tokens and len(set(ours.tokens)) > 3
+    made = stock.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == stock.config.image_token_id).int(),
+        pixel_values=prompt.images[0].patches,
+        image_grid_thw=torch.tensor([prompt.images[0].grid]),
+    )
+    assert made[0, len(prompt.ids) :].tolist() == ours.tokens and len(set(ours.tokens)) > 3
 
 
 def test_template_renders_what_training_used(exported, run_folder):
-    """Guards: a space or a line break between our prompt and the template's; the default system message of Qwen2.5-VL."""
+    """Guards: a space or a line break between our prompt and the template's; the default system
+    message of Qwen2.5-VL."""
     tokenizer = AutoTokenizer.from_pretrained(exported / "model")
     picture, text = {"type": "image"}, {"type": "text", "text": "what?\n now"}
 
     def rendered(*messages):
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False
+        )
 
     for images in (0, 1, 2):
-        ours = "".join(part for _, part in data.render_prompt("be\nbrief", "what?\n now", [1] * images))
-        assert rendered({"role": "system", "content": "be\nbrief"}, {"role": "user", "content": [picture] * images + [text]}) == ours
+        ours = "".join(
+            part for _, part in data.render_prompt("be\nbrief", "what?\n now", [1] * images)
+        )
+        assert (
+            rendered(
+                {"role": "system", "content": "be\nbrief"},
+                {"role": "user", "content": [picture] * images + [text]},
+            )
+            == ours
+        )
     ours = "".join(part for _, part in data.render_prompt("You are a helpful assistant.", "hi", []))
     assert rendered({"role": "user", "content": "hi"}) == ours
     with pytest.raises(Exception, match="text and images"):
@@ -133,16 +179,31 @@ def test_template_renders_what_training_used(exported, run_folder):
 
 
 def test_limits_dtype_and_generation_are_the_runs(exported):
-    """Guards: the library's own pixel limits, and a generation config that samples, in what others will serve."""
+    """Guards: the library's own pixel limits, and a generation config that samples, in what others
+    will serve."""
     processor = data.load_processor(exported / "model", 1, 2)
     assert dict(processor.image_processor.size) == {"shortest_edge": 3136, "longest_edge": 3136}
-    written = json.loads((exported / "model" / "preprocessor_config.json").read_text())  # older libraries read one pair, newer the other
-    assert (written["min_pixels"], written["max_pixels"], written["size"]) == (3136, 3136, {"shortest_edge": 3136, "longest_edge": 3136})
+    written = json.loads(
+        (exported / "model" / "preprocessor_config.json").read_text()
+    )  # older libraries read one pair, newer the other
+    assert (written["min_pixels"], written["max_pixels"], written["size"]) == (
+        3136,
+        3136,
+        {"shortest_edge": 3136, "longest_edge": 3136},
+    )
     assert json.loads((exported / "model" / "config.json").read_text())["dtype"] == "float32"
     settings = GenerationConfig.from_pretrained(exported / "model")
-    assert not settings.do_sample and settings.max_new_tokens == 24 and settings.repetition_penalty in (None, 1.0)
+    assert (
+        not settings.do_sample
+        and settings.max_new_tokens == 24
+        and settings.repetition_penalty in (None, 1.0)
+    )
     card = (exported / "README.md").read_text()
-    assert "Not evaluated" in card and "max difference: 0.00e+00 by our forward" in card and '"lora_r": 16' in card
+    assert (
+        "Not evaluated" in card
+        and "max difference: 0.00e+00 by our forward" in card
+        and '"lora_r": 16' in card
+    )
 
 
 def test_card_shows_results(tmp_path):
@@ -155,34 +216,47 @@ def test_card_shows_results(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps([row, row | {"kind": "bait", "n": 3}]))
     lines = export.results_table(tmp_path).splitlines()[2:]
     share = "50.0 [40, 60]"
-    assert lines == [f"| sft | generic | all | 8 | {share} | 25.0 [40, 60] | - | {share} | {share} |"]
+    assert lines == [
+        f"| sft | generic | all | 8 | {share} | 25.0 [40, 60] | - | {share} | {share} |"
+    ]
 
 
 def test_bfloat16_run(tmp_path):
-    """Guards: a check that only float32 passes, and weights that are written in another dtype than the run's."""
+    """Guards: a check that only float32 passes, and weights that are written in another dtype than
+    the run's."""
     export.main([str(make_run(tmp_path / "run", "bfloat16")), "--to", str(tmp_path / "out")])
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {
+        tensor.dtype
+        for tensor in load_file(tmp_path / "out" / "model" / "model.safetensors").values()
+    } == {torch.bfloat16}
 
 
 def test_what_is_refused_at_export(run_folder, exported, tmp_path, monkeypatch, capsys):
-    """Guards: an export over other files, one of a run without a stage, a template that renders another prompt, remains of a try."""
+    """Guards: an export over other files, one of a run without a stage, a template that renders
+    another prompt, remains of a try."""
     with pytest.raises(StageError, match="is not empty"):
         export.main([str(run_folder), "--to", str(exported)])
     with pytest.raises(StageError, match="no finished stage"):
         export.main([str(tmp_path), "--to", str(tmp_path / "out")])
     with pytest.raises(StageError, match="no finished grpo .finished: sft, dpo"):
         read_run(run_folder, "grpo")
-    monkeypatch.setattr(export, "CHAT_TEMPLATE", export.CHAT_TEMPLATE.replace("assistant\n", "assistant"))
+    monkeypatch.setattr(
+        export, "CHAT_TEMPLATE", export.CHAT_TEMPLATE.replace("assistant\n", "assistant")
+    )
     with pytest.raises(StageError, match="another prompt than training used"):
         export.main([str(run_folder), "--to", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     export.main([str(run_folder), "--to", str(tmp_path / "out")])
-    assert "left by an interrupted export" in capsys.readouterr().out and not (tmp_path / "out.part").exists()
+    assert (
+        "left by an interrupted export" in capsys.readouterr().out
+        and not (tmp_path / "out.part").exists()
+    )
 
 
 def test_written_model_that_is_another_is_refused(run_folder, tmp_path, monkeypatch):
-    """Guards: a self-check that cannot fail: one weight of the written file is changed by a thousandth."""
+    """Guards: a self-check that cannot fail: one weight of the written file is changed by a
+    thousandth."""
     written = export.write_model
 
     def damage(folder, *rest):

@@ -41,7 +41,14 @@ def result(stage, value, kind="all"):
     """A row of results.json."""
     cell = {"value": value, "low": value - 0.05, "high": value + 0.05, "n": 20}
     names = (*report.SCORES, *report.RATES, "safety_mean", "helpfulness_mean", "rigor_mean")
-    row = {"stage": stage, "prompt": "generic", "benchmark": "all", "kind": kind, "n": 20, "own": {}}
+    row = {
+        "stage": stage,
+        "prompt": "generic",
+        "benchmark": "all",
+        "kind": kind,
+        "n": 20,
+        "own": {},
+    }
     return row | dict.fromkeys(names, cell)
 
 
@@ -56,7 +63,9 @@ def write_run(folder, answers=None):
     (folder / "sft" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     results = [result("base", 0.3), result("sft", 0.7), result("sft", 0.25, "bait")]
     (folder / "results.json").write_text(json.dumps(results))
-    for stage, rows in (answers or {"base": [row("1", "no trace", safety=-3)], "sft": [row("1")]}).items():
+    for stage, rows in (
+        answers or {"base": [row("1", "no trace", safety=-3)], "sft": [row("1")]}
+    ).items():
         text = "".join(json.dumps(each) + "\n" for each in rows)
         (folder / "eval" / f"{stage}-generic.jsonl").write_text(text)
     return folder
@@ -153,9 +162,11 @@ def test_only_this_script_may_run(run):
 
 
 def test_cases_carry_the_checkers_sentences(tmp_path):
-    """Guards: faults at the wrong step, a missing tier blamed on the last call, a plan that a generic
-    prompt never showed held against its trace."""
-    broken = TRACE.replace("hazard=low", "hazard=odd").replace("[SAFETY-GATE]: decision=comply\n", "")
+    """Guards: faults at the wrong step, a missing tier blamed on the last call, a plan that a
+    generic prompt never showed held against its trace."""
+    broken = TRACE.replace("hazard=low", "hazard=odd").replace(
+        "[SAFETY-GATE]: decision=comply\n", ""
+    )
     folder = write_run(tmp_path / "run", {"sft": [row("1", broken)]})
     text = report.page(report.read_run(folder))
     (case,) = embedded_cases(text)

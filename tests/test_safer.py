@@ -44,7 +44,9 @@ class HashJudge:
         scores = []
         for case in cases:
             n = int(hashlib.sha256(case.check.text.encode()).hexdigest(), 16)
-            scores.append(Scores(1 + n % 10, 9, 1 + n // 10 % 10, 5) if n % self.fail_every else None)
+            scores.append(
+                Scores(1 + n % 10, 9, 1 + n // 10 % 10, 5) if n % self.fail_every else None
+            )
         return scores
 
 
@@ -91,7 +93,11 @@ def test_end_to_end(run_folder, monkeypatch, capsys):
     adapter = load_file(run_folder / "sft" / "adapter.safetensors")
     assert all(tensor.any() for name, tensor in adapter.items() if name.endswith(".B"))
     config, stages = trainer.read_run(run_folder)
-    assert (config.max_response, config.out, stages) == (24, str(run_folder), ["sft", "dpo", "grpo"])
+    assert (config.max_response, config.out, stages) == (
+        24,
+        str(run_folder),
+        ["sft", "dpo", "grpo"],
+    )
     monkeypatch.undo()
     evaluation.main(["--out", str(run_folder), "--max_response", "24", "--device", "cpu"])
     results = json.loads((run_folder / "results.json").read_text())
