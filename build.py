@@ -232,9 +232,9 @@ def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
     if kind == "dropped-tier":
         gone = rng.choice(sorted({TOOLS[tool].tier for tool, _ in calls}))
         kept = [call for call in calls if TOOLS[call[0]].tier != gone]
-        return (kept, answer) if kept else None
+        return kept, answer
     if kind == "broken-order":
-        return (calls[::-1], answer) if len(calls) > 1 else None
+        return calls[::-1], answer
     if kind == "invented-observation":  # what another picture showed
         seen = {}
         for tool, fields in other_calls:
@@ -251,37 +251,33 @@ def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
         flipped.append((tool, {"decision": FLIP[fields["decision"]]} if tool == GATE else fields))
     if kind == "contradiction":  # the gate decides against what was just found; the answer stays
         return flipped, answer
-    if kind == "wrong-decision":  # over-refusal or under-refusal, consistently from the gate on
-        generators = ("REDIRECT-ENGINE", "REFUSAL-GENERATOR")
-        return [call for call in flipped if call[0] not in generators], wrong_answer
-    raise ValueError(f"perturbation {kind!r}: expected one of {', '.join(PERTURBATIONS)}")
+    # wrong-decision: over-refusal or under-refusal, consistently from the gate on
+    generators = ("REDIRECT-ENGINE", "REFUSAL-GENERATOR")
+    return [call for call in flipped if call[0] not in generators], wrong_answer
 
 
-def tool_calls(response):
-    """[(tool, fields)] of a response."""
-    return [(call.tool, call.fields) for call in protocol.check(response).calls]
+def tool_calls(check):
+    """[(tool, fields)] of a checked response."""
+    return [(call.tool, call.fields) for call in check.calls]
 
 
-def broken_responses(row, others, rng):
-    """{kind: text}: an accepted response broken in each way that it can be, in random order.
+def broken_responses(row, other_calls, rng):
+    """[(kind, Check)]: an accepted response broken in up to PAIRS ways, in random order.
 
     A bare refusal stands in for help. The other way round a model would have to write harm, so a
     refusal's answer is never flipped: there the contradiction (the gate says comply) is all."""
     plan = plan_from_dict(row["plan"])
-    check = protocol.check(row["response"])
-    found = {}
+    good = protocol.check(row["response"])
+    calls = tool_calls(good)
+    found = []
     for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
         if kind == "wrong-decision" and row["decision"] != "comply":
             continue
-        other = []
-        if kind == "invented-observation" and others:
-            other = tool_calls(rng.choice(others)["response"])
-        calls = tool_calls(row["response"])
-        broken = perturb(kind, calls, check.answer, plan, BARE_REFUSAL, other, rng)
+        broken = perturb(kind, calls, good.answer, plan, BARE_REFUSAL, other_calls, rng)
         text = broken and protocol.render_response(*broken)
         if text and text != row["response"]:
-            found[kind] = text
-    return dict(list(found.items())[: PAIRS + 1])
+            found.append((kind, protocol.check(text, plan)))
+    return found[:PAIRS]
 
 
 # ---- real data -----------------------------------------------------------------------------------
@@ -289,8 +285,7 @@ def broken_responses(row, others, rng):
 
 def read_raw(folder):
     """<folder>/raw.jsonl -> records. Raises DataError on unknown labels and on test sets."""
-    path = os.path.join(folder, "raw.jsonl")
-    records = read_records(path, "grpo")
+    records = read_records(os.path.join(folder, "raw.jsonl"), "grpo")
     problems = []
     for record in records:
         source = str(record.meta.get("source", ""))
@@ -298,6 +293,10 @@ def read_raw(folder):
             problems.append(f"{record.where}: meta.source: {source} is a test set, not to train on")
         if record.meta.get("expected", "comply") not in DECISIONS:
             problems.append(f"{record.where}: meta.expected: must be one of {', '.join(DECISIONS)}")
+        try:
+            plan_by_rules(dict(record.meta.get("signals", {})))
+        except (PlanError, ValueError, TypeError) as error:
+            problems.append(f"{record.where}: meta.signals: {error}")
     if problems:
         raise DataError("\n".join(problems))
     return records
@@ -313,35 +312,32 @@ def split_items(records, size):
     keys = {}
     for record in records:
         keys[record.id] = {normalized(record.question), *map(image_hash, record.images)}
-    order = sorted(records, key=lambda record: fingerprint(sorted(keys[record.id])))
     placed = {}
     given_away = set()
-    seen = set()
-    for record in order:
+    previous = None
+    for record in sorted(records, key=lambda record: fingerprint(sorted(keys[record.id]))):
         own = keys[record.id]
-        if frozenset(own) in seen:
+        if own == previous:
             placed[record.id] = "repeated"
-            continue
-        seen.add(frozenset(own))
-        if size > 0:
+        elif size > 0:
             size -= 1
             given_away |= own
             placed[record.id] = "eval"
+        elif own.isdisjoint(given_away):
+            placed[record.id] = "spare"
         else:
-            shares = not own.isdisjoint(given_away)
-            placed[record.id] = "shares image or question with eval" if shares else "spare"
+            placed[record.id] = "shares image or question with eval"
+        previous = own
     return placed
 
 
 def plan_item(record, teacher, urls):
-    """(plan, who planned): given, by the labels, or by the teacher model."""
+    """(Plan, why): given, by rule from the labels, or by the teacher model."""
     if record.plan:
         return record.plan, "given"
     if "signals" in record.meta:
-        return plan_by_rules(record.meta["signals"])[0], "labels"
-    signals = {"image": bool(record.images)}
-    plan, why = plan_by_endpoint(teacher.chat, record.question, urls, signals)
-    return plan, "rule" if why.startswith("By rule") else "model"
+        return plan_by_rules(record.meta["signals"])
+    return plan_by_endpoint(teacher.chat, record.question, urls, {"image": bool(record.images)})
 
 
 def draft(record, teacher, config, respond):
@@ -354,7 +350,7 @@ def draft(record, teacher, config, respond):
         urls = []
         for path in record.images:  # what the policy will see
             urls.append(image_data_url(path, config.min_pixels, config.max_pixels))
-        plan, row["planned_by"] = plan_item(record, teacher, urls)
+        plan, row["why"] = plan_item(record, teacher, urls)
         row["plan"] = protocol.plan_to_dict(plan)
         if not respond:
             return row
@@ -372,10 +368,8 @@ def draft(record, teacher, config, respond):
     except Fault as fault:
         return {"id": record.id, "outcome": f"failed: teacher, {fault.reason}"}
     if not check.legal:
-        kinds = sorted({fault.kind for fault in check.violations})
-        return row | {"outcome": f"rejected: checker, {kinds[0]}"}
-    calls = [(call.tool, call.fields) for call in check.calls]
-    row["response"] = protocol.render_response(calls, check.answer)
+        return row | {"outcome": f"rejected: checker, {check.violations[0].kind}"}
+    row["response"] = protocol.render_response(tool_calls(check), check.answer)
     row["decision"] = check.decision or answer_form(check.answer)
     expected = record.meta.get("expected", row["decision"])
     if (row["decision"] == "comply") != (expected == "comply"):  # redirect and refuse may differ
@@ -405,33 +399,27 @@ def judge_drafts(records, rows, scorer):
 
 
 def add_pairs(records, rows, scorer, seed):
-    """Put `rejected`, {kind: text}, into accepted rows: the first PAIRS perturbations that are
-    really worse. Worse: the checker finds a violation; where it finds none, the judge's sum is
-    lower."""
+    """Put `rejected`, {kind: text}, into accepted rows: perturbations that are really worse. The
+    checker finds a violation; where it finds none, the judge's sum is lower."""
     accepted = [(record, row) for record, row in zip(records, rows) if row["outcome"] == "accepted"]
-    tried = []  # (row, kind, text), and its case
-    cases = []
+    legal = []  # (row, kind, Case)
     for record, row in accepted:
         others = []
         for other, other_row in accepted:
             if other.images and not set(other.images) & set(record.images):
-                others.append(other_row)
+                others.append(other_row["response"])
         rng = random.Random(f"dpo {seed} {record.id}")
+        other_calls = tool_calls(protocol.check(rng.choice(others))) if others else []
         row["rejected"] = {}
-        for kind, text in broken_responses(row, others, rng).items():
-            check = protocol.check(text, plan_from_dict(row["plan"]))
-            tried.append((row, kind, text, check.legal))
+        for kind, check in broken_responses(row, other_calls, rng):
             if check.legal:
-                cases.append(Case(record.question, record.images, check))
-    scores = iter(scorer.score(cases) if cases else [])
-    for row, kind, text, legal in tried:
-        worse = not legal
-        if legal:
-            score = next(scores)
-            full = sum(row["scores"].values())
-            worse = score is not None and sum(asdict(score).values()) < full
-        if worse and len(row["rejected"]) < PAIRS:
-            row["rejected"][kind] = text
+                legal.append((row, kind, Case(record.question, record.images, check)))
+            else:
+                row["rejected"][kind] = check.text
+    scores = scorer.score([case for _, _, case in legal])
+    for (row, kind, case), score in zip(legal, scores):
+        if score and sum(asdict(score).values()) < sum(row["scores"].values()):
+            row["rejected"][kind] = case.check.text
 
 
 def make_items(records, placed, sizes, teacher, scorer, config, path):
@@ -574,7 +562,7 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (OSError, ConfigError, DataError, PlanError, StageError, JudgeError) as problem:
+    except (OSError, ConfigError, DataError, StageError, JudgeError) as problem:
         sys.exit(str(problem))
     except KeyboardInterrupt:
         print("build: stopped; the same command goes on", file=sys.stderr)

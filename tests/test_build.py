@@ -340,7 +340,8 @@ def test_raw_items_become_four_sets(server, fresh):
     assert sum(card["pairs by perturbation"].values()) == len(sets["dpo"])
     drafts = rows(folder / "work", "items")
     assert {"rejected: checker, format", "accepted"} <= {row["outcome"] for row in drafts}
-    assert {row["planned_by"] for row in drafts} == {"labels", "model", "rule"}
+    planned = " ".join(row["why"] for row in drafts)
+    assert all(why in planned for why in ("because the case", "by the planner model", "By rule"))
 
 
 def test_a_killed_build_goes_on_to_the_same_bytes(server, fresh, monkeypatch):
@@ -447,6 +448,8 @@ def test_evaluation_shares_no_image_and_no_question(pool):
     "change, message",
     [
         ({"meta": {"source": "MM-SafetyBench"}}, "MM-SafetyBench is a test set"),
+        ({"meta": {"signals": {"harm": "no"}}}, "meta.signals: .*harm='no'"),
+        ({"meta": {"signals": 5}}, "meta.signals: "),
         ({"meta": {"expected": "deny"}}, "one of comply, redirect, refuse"),
         ({"question": " "}, "expected text"),
         ({"images": ["images/none.png"]}, "no such file"),
