@@ -181,17 +181,17 @@ def plan_by_endpoint(ask, question, image_urls, signals, retries=2) -> tuple[Pla
         {"role": "system", "content": planner_prompt()},
         user_message(question, image_urls),
     ]
-    for attempt in range(1, retries + 2):
+    for _ in range(retries + 1):
         reply = ask(messages)
         try:  # prose and code fences around one object are fine
             plan = plan_from_dict(json.loads(reply[reply.find("{") : reply.rfind("}") + 1]))
-            return plan, f"{plan.topology} with {plan.persona}, by the planner model ({attempt})."
+            return plan, f"{plan.topology} with {plan.persona}, by the planner model."
         except (PlanError, ValueError, RecursionError) as error:
             problem = f"Not usable: {error} Reply with the JSON only."
         draft = {"role": "assistant", "content": reply}
         messages = [*messages, draft, user_message(problem, [])]
     plan, why = plan_by_rules(signals)
-    return plan, f"By rule after {retries + 1} unusable replies (last: {problem}): {why}"
+    return plan, f"By rule, since no reply was usable (last: {problem}): {why}"
 
 
 # ---- perturbations -------------------------------------------------------------------------------
@@ -207,14 +207,6 @@ PERTURBATIONS = (
 FLIP = {"comply": "refuse", "refuse": "comply", "redirect": "comply"}
 
 
-def any_fields(tool, rng):
-    """Legal field values at random, for a call that should not be there."""
-    fields = {}
-    for field in TOOLS[tool].fields:
-        fields[field.name] = rng.choice(field.values) if field.values else "none"
-    return fields
-
-
 def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
     """Break a good response in one stated way.
 
@@ -228,7 +220,10 @@ def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
             return None
         at = rng.randrange(len(calls))
         tool = rng.choice(outside)
-        return calls[:at] + [(tool, any_fields(tool, rng))] + calls[at + 1 :], answer
+        fields = {}
+        for field in TOOLS[tool].fields:
+            fields[field.name] = rng.choice(field.values) if field.values else "none"
+        return calls[:at] + [(tool, fields)] + calls[at + 1 :], answer
     if kind == "dropped-tier":
         gone = rng.choice(sorted({TOOLS[tool].tier for tool, _ in calls}))
         kept = [call for call in calls if TOOLS[call[0]].tier != gone]
@@ -236,10 +231,7 @@ def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
     if kind == "broken-order":
         return calls[::-1], answer
     if kind == "invented-observation":  # what another picture showed
-        seen = {}
-        for tool, fields in other_calls:
-            if TOOLS[tool].tier == "perception":
-                seen[tool] = fields
+        seen = {tool: said for tool, said in other_calls if TOOLS[tool].tier == "perception"}
         places = [i for i, (tool, fields) in enumerate(calls) if seen.get(tool, fields) != fields]
         if not places:
             return None
@@ -285,7 +277,7 @@ def broken_responses(row, other_calls, rng):
 
 def read_raw(folder):
     """<folder>/raw.jsonl -> records. Raises DataError on unknown labels and on test sets."""
-    records = read_records(os.path.join(folder, "raw.jsonl"), "grpo")
+    records = read_records(folder / "raw.jsonl", "grpo")
     problems = []
     for record in records:
         source = str(record.meta.get("source", ""))
@@ -340,11 +332,11 @@ def plan_item(record, teacher, urls):
     return plan_by_endpoint(teacher.chat, record.question, urls, {"image": bool(record.images)})
 
 
-def draft(record, teacher, config, respond):
-    """One raw item -> {id, outcome, plan, planned_by}, and with `respond` the teacher's response.
+def draft(record, config, teacher, scorer=None):
+    """One raw item -> {id, outcome, plan, why}, and with a scorer its response and scores.
 
     The response is written anew from what the parser read, so that later a perturbation differs
-    from it in nothing but its fault. outcome: planned, "failed: ..." or "rejected: ..."."""
+    from it in nothing but its fault. outcome: planned, accepted, "rejected: ..." or "failed: ..."."""
     row = {"id": record.id, "outcome": "planned"}
     try:
         urls = []
@@ -352,19 +344,9 @@ def draft(record, teacher, config, respond):
             urls.append(image_data_url(path, config.min_pixels, config.max_pixels))
         plan, row["why"] = plan_item(record, teacher, urls)
         row["plan"] = protocol.plan_to_dict(plan)
-        if not respond:
+        if scorer is None:
             return row
-        system = system_prompt("planned", plan) + TEACHER_NOTE
-        messages = [{"role": "system", "content": system}, user_message(record.question, urls)]
-        for _ in range(ATTEMPTS):
-            reply = teacher.chat(messages).rpartition("</think>")[2]  # thinking models draft first
-            reply = reply.encode(errors="ignore").decode()  # half a character fits in no file
-            check = protocol.check(reply, plan)
-            if check.legal:
-                break
-            faults = [f"- line {fault.line}: {fault.message}" for fault in check.violations[:20]]
-            again = "\n".join(["Not usable:", *faults, "Write all of it again."])
-            messages += [{"role": "assistant", "content": reply}, user_message(again, [])]
+        check = ask_teacher(record, plan, teacher, urls)
     except Fault as fault:
         return {"id": record.id, "outcome": f"failed: teacher, {fault.reason}"}
     if not check.legal:
@@ -373,29 +355,30 @@ def draft(record, teacher, config, respond):
     row["decision"] = check.decision or answer_form(check.answer)
     expected = record.meta.get("expected", row["decision"])
     if (row["decision"] == "comply") != (expected == "comply"):  # redirect and refuse may differ
-        row["outcome"] = "rejected: label"
-    return row
+        return row | {"outcome": "rejected: label"}
+    case = Case(record.question, record.images, protocol.check(row["response"]))
+    (scores,) = scorer.score([case])
+    if scores is None:
+        return row | {"outcome": "failed: judge"}
+    row["scores"] = asdict(scores)
+    low = [name for name, least in asdict(ACCEPT).items() if row["scores"][name] < least]
+    return row | {"outcome": f"rejected: judge, {low[0]}" if low else "accepted"}
 
 
-def draft_all(records, teacher, config, respond):
-    """Rows of `draft`, in order, asked side by side."""
-    with ThreadPoolExecutor(teacher.threads) as pool:
-        return list(pool.map(lambda record: draft(record, teacher, config, respond), records))
-
-
-def judge_drafts(records, rows, scorer):
-    """Set the outcome of planned rows: accepted, "rejected: judge, ..." or "failed: judge"."""
-    asked = [(record, row) for record, row in zip(records, rows) if row["outcome"] == "planned"]
-    cases = []
-    for record, row in asked:
-        cases.append(Case(record.question, record.images, protocol.check(row["response"])))
-    for (_, row), scores in zip(asked, scorer.score(cases)):
-        if scores is None:
-            row["outcome"] = "failed: judge"
-            continue
-        row["scores"] = asdict(scores)
-        low = [name for name, least in asdict(ACCEPT).items() if row["scores"][name] < least]
-        row["outcome"] = f"rejected: judge, {low[0]}" if low else "accepted"
+def ask_teacher(record, plan, teacher, urls):
+    """The teacher's response, checked; an illegal one is sent back with its faults."""
+    system = system_prompt("planned", plan) + TEACHER_NOTE
+    messages = [{"role": "system", "content": system}, user_message(record.question, urls)]
+    for _ in range(ATTEMPTS):
+        reply = teacher.chat(messages).rpartition("</think>")[2]  # thinking models draft first
+        reply = reply.encode(errors="ignore").decode()  # half a character fits in no file
+        check = protocol.check(reply, plan)
+        if check.legal:
+            break
+        faults = [f"- line {fault.line}: {fault.message}" for fault in check.violations[:20]]
+        again = "\n".join(["Not usable:", *faults, "Write all of it again."])
+        messages += [{"role": "assistant", "content": reply}, user_message(again, [])]
+    return check
 
 
 def add_pairs(records, rows, scorer, seed):
@@ -404,12 +387,10 @@ def add_pairs(records, rows, scorer, seed):
     accepted = [(record, row) for record, row in zip(records, rows) if row["outcome"] == "accepted"]
     legal = []  # (row, kind, Case)
     for record, row in accepted:
-        others = []
-        for other, other_row in accepted:
-            if other.images and not set(other.images) & set(record.images):
-                others.append(other_row["response"])
+        others = [other for its, other in accepted if not set(its.images) & set(record.images)]
         rng = random.Random(f"dpo {seed} {record.id}")
-        other_calls = tool_calls(protocol.check(rng.choice(others))) if others else []
+        other = rng.choice(others or [row])
+        other_calls = tool_calls(protocol.check(other["response"]))
         row["rejected"] = {}
         for kind, check in broken_responses(row, other_calls, rng):
             if check.legal:
@@ -432,39 +413,35 @@ def make_items(records, placed, sizes, teacher, scorer, config, path):
         if not row["outcome"].startswith("failed"):  # those are asked again
             known[row["id"]] = row
 
-    def keep(rows):
+    def make(batch, *servers):
+        with ThreadPoolExecutor(teacher.threads) as pool:
+            rows = list(pool.map(lambda record: draft(record, config, *servers), batch))
+        add_pairs(batch, rows, scorer, config.seed)
         append_jsonl(path, rows)
         known.update((row["id"], row) for row in rows)
 
     spare = [record for record in records if placed[record.id] == "spare"]
     held = [record for record in records if placed[record.id] == "eval"]
-    accepted = 0
-    rest = []
+    accepted = []
     for start in tqdm(range(0, len(spare), BATCH), desc="build: drafts", leave=False):
         batch = spare[start : start + BATCH]
-        if accepted >= sizes["sft"]:
-            rest += batch
-            continue
+        if len(accepted) >= sizes["sft"]:
+            break
         if any(record.id not in known for record in batch):  # all, or pairs would be other ones
-            rows = draft_all(batch, teacher, config, respond=True)
-            judge_drafts(batch, rows, scorer)
-            add_pairs(batch, rows, scorer, config.seed)
-            keep(rows)
+            make(batch, teacher, scorer)
         for record in batch:
-            row = known[record.id]
-            placed[record.id] = row["outcome"]
-            if row["outcome"] == "accepted" and accepted < sizes["sft"]:
-                accepted += 1
-                placed[record.id] = "sft"
-            elif not row["outcome"].startswith("failed"):
-                rest.append(record)
+            placed[record.id] = known[record.id]["outcome"]
+            if placed[record.id] == "accepted":
+                accepted.append(record.id)
     if not accepted:
         counts = dict(Counter(placed.values()))
         raise DataError(f"no response of the teacher was accepted, so nothing can train: {counts}")
+    placed |= dict.fromkeys(accepted[: sizes["sft"]], "sft")
+    rest = [record for record in spare if not placed[record.id].startswith(("sft", "failed"))]
     for name, chosen in (("grpo", rest[: sizes["grpo"]]), ("eval", held)):
         missing = [record for record in chosen if record.id not in known]
         for start in range(0, len(missing), BATCH):
-            keep(draft_all(missing[start : start + BATCH], teacher, config, respond=False))
+            make(missing[start : start + BATCH], teacher)
         for record in chosen:
             row = known[record.id]
             placed[record.id] = name if "plan" in row else row["outcome"]
@@ -472,7 +449,7 @@ def make_items(records, placed, sizes, teacher, scorer, config, path):
 
 
 def write_sets(folder, records, known, placed):
-    """The four files, in the order of raw.jsonl. Returns {set: its rows}."""
+    """The four files, in the order of raw.jsonl. Returns what is in each, for the card."""
     sets = {name: [] for name in SETS}
     for record in records:
         name = placed[record.id]
@@ -488,20 +465,15 @@ def write_sets(folder, records, known, placed):
                 sets["dpo"].append(row | pair | {"perturbation": kind})
             row["response"] = made["response"]
         sets[name].append(row)
+    card = {}
     for name, rows in sets.items():
-        write_jsonl(os.path.join(folder, f"{name}.jsonl"), rows)
-    return sets
-
-
-def data_card(inputs, placed, sets):
-    """What became of every raw item (the counts sum to all of them), and what is in each set."""
-    card = {"inputs": inputs, "items": Counter(placed.values())}
-    card["sets"] = {name: len(rows) for name, rows in sets.items()}
-    for name, rows in sets.items():
-        card[f"topologies of {name}"] = Counter(row["plan"]["topology"] for row in rows)
-        sources = [str(row["meta"].get("source", "not given")) for row in rows]
-        card[f"sources of {name}"] = Counter(sources)
-    card["pairs by perturbation"] = Counter(row["perturbation"] for row in sets["dpo"])
+        write_jsonl(folder / f"{name}.jsonl", rows)
+        card[name] = {
+            "rows": len(rows),
+            "topologies": Counter(row["plan"]["topology"] for row in rows),
+            "sources": Counter(str(row["meta"].get("source", "not given")) for row in rows),
+        }
+    card["dpo"]["perturbations"] = Counter(row["perturbation"] for row in sets["dpo"])
     return card
 
 
@@ -511,11 +483,10 @@ def build(config, folder):
     Raises DataError on bad raw data, ConfigError on a folder made otherwise, JudgeError when
     teacher or judge is down."""
     records = read_raw(folder)
-    work = Path(folder) / "work"
-    if not work.exists():
-        there = [name for name in SETS if os.path.exists(os.path.join(folder, f"{name}.jsonl"))]
-        if there:
-            raise ConfigError(f"{folder} has {', '.join(there)} already; move them away first")
+    work = folder / "work"
+    there = [name for name in SETS if (folder / f"{name}.jsonl").exists()]
+    if there and not work.exists():
+        raise ConfigError(f"{folder} has {', '.join(there)} already; move them away first")
     # a little under max_response: a broken response may be longer than the one it is made from
     params = {"temperature": 0.7, "max_tokens": config.max_response * 9 // 10}
     teacher = judge_from_env(work / "cache-teacher", "TEACHER", params)
@@ -526,27 +497,25 @@ def build(config, folder):
         "judge": f"{scorer.model} {scorer.params}",
     }
     guard(work, config, "build", inputs, write=False)
-    card_path = Path(folder) / "card.json"
+    card_path = folder / "card.json"
     if card_path.exists():
         return print(f"build: {folder} is there already")
-    sizes = {}
-    for name, size in SIZES.items():
-        sizes[name] = min(size, len(records) * size // sum(SIZES.values()))
+    share = min(1, len(records) / sum(SIZES.values()))
+    sizes = {name: round(size * share) for name, size in SIZES.items()}
     placed = split_items(records, sizes["eval"])
     lock_folder(work)
-    for server in (teacher, scorer):
-        server.preflight()
+    teacher.preflight()
+    scorer.preflight()
     guard(work, config, "build", inputs)
     path = work / "items.jsonl"
     try:
         known = make_items(records, placed, sizes, teacher, scorer, config, path)
     except JudgeError as error:
         raise JudgeError(f"{error}\nbuild: the same command goes on from {path}") from error
-    sets = write_sets(folder, records, known, placed)
-    card = data_card(inputs, placed, sets)
+    card = {"inputs": inputs, "items": Counter(placed.values())}  # every raw item is in one count
+    card |= write_sets(folder, records, known, placed)
     write_text(card_path, json.dumps(card, indent=1, ensure_ascii=False) + "\n")  # last
-    for name in ("items", "sets"):
-        print(f"build: {name}: {dict(card[name])}")
+    print(f"build: {folder}: {dict(card['items'])}")
     print(f"build: teacher {dict(teacher.counts)}, judge {dict(scorer.counts)}")
 
 
@@ -556,7 +525,7 @@ def main(argv):
     folder = config.data or os.environ.get("DATA", "")
     if not folder:
         raise ConfigError("build.py builds from your data: give --data FOLDER with a raw.jsonl")
-    build(config, folder)
+    build(config, Path(folder))
 
 
 if __name__ == "__main__":

@@ -332,12 +332,11 @@ def test_raw_items_become_four_sets(server, fresh):
     ids = sum(([row["id"] for row in sets[name]] for name in ("sft", "grpo", "eval")), [])
     assert len(ids) == len(set(ids))
     assert sum(card["items"].values()) == N and card["items"]["repeated"] == 1
-    assert card["sets"] == {name: len(lines) for name, lines in sets.items()}
-    assert card["sets"]["eval"] == 4
-    for name in data.SETS:
-        for counts in (card[f"topologies of {name}"], card[f"sources of {name}"]):
-            assert sum(counts.values()) == len(sets[name])
-    assert sum(card["pairs by perturbation"].values()) == len(sets["dpo"])
+    for name, lines in sets.items():
+        counts = [sum(card[name][of].values()) for of in ("topologies", "sources")]
+        assert {card[name]["rows"], *counts} == {len(lines)}
+    assert sum(card["dpo"]["perturbations"].values()) == len(sets["dpo"])
+    assert len(sets["eval"]) == 4
     drafts = rows(folder / "work", "items")
     assert {"rejected: checker, format", "accepted"} <= {row["outcome"] for row in drafts}
     planned = " ".join(row["why"] for row in drafts)
