@@ -166,8 +166,9 @@ def planner_prompt():
             "Topologies:",
             *topologies,
             "Use at least one tool of each tier. A tree needs at least two reasoning tools, and "
-            f"one perception tool more than those; a shield needs {GATE}; linear lists its tools in "
-            'tier order.\nReply with JSON only: {"persona": "...", "tools": ["..."], "topology": "..."}',
+            f"one perception tool more than those; a shield needs {GATE}; linear lists its tools "
+            "in tier order.\nReply with JSON only: "
+            '{"persona": "...", "tools": ["..."], "topology": "..."}',
         ]
     )
 
@@ -336,7 +337,8 @@ def draft(record, config, teacher, scorer=None):
     """One raw item -> {id, outcome, plan, why}, and with a scorer its response and scores.
 
     The response is written anew from what the parser read, so that later a perturbation differs
-    from it in nothing but its fault. outcome: planned, accepted, "rejected: ..." or "failed: ..."."""
+    from it in nothing but its fault. outcome: planned, accepted, "rejected: ..." or "failed: ...".
+    """
     row = {"id": record.id, "outcome": "planned"}
     try:
         urls = []
@@ -381,30 +383,8 @@ def ask_teacher(record, plan, teacher, urls):
     return check
 
 
-def add_pairs(records, rows, scorer, seed):
-    """Put `rejected`, {kind: text}, into accepted rows: perturbations that are really worse. The
-    checker finds a violation; where it finds none, the judge's sum is lower."""
-    accepted = [(record, row) for record, row in zip(records, rows) if row["outcome"] == "accepted"]
-    legal = []  # (row, kind, Case)
-    for record, row in accepted:
-        others = [other for its, other in accepted if not set(its.images) & set(record.images)]
-        rng = random.Random(f"dpo {seed} {record.id}")
-        other = rng.choice(others or [row])
-        other_calls = tool_calls(protocol.check(other["response"]))
-        row["rejected"] = {}
-        for kind, check in broken_responses(row, other_calls, rng):
-            if check.legal:
-                legal.append((row, kind, Case(record.question, record.images, check)))
-            else:
-                row["rejected"][kind] = check.text
-    scores = scorer.score([case for _, _, case in legal])
-    for (row, kind, case), score in zip(legal, scores):
-        if score and sum(asdict(score).values()) < sum(row["scores"].values()):
-            row["rejected"][kind] = case.check.text
-
-
 def make_items(records, placed, sizes, teacher, scorer, config, path):
-    """Everything that asks a model. Returns {id: row}; `placed` gets each item's set or outcome.
+    """Draft and plan. Returns {id: row}; `placed` gets each item's set or outcome.
 
     Training items are drafted until there are enough good ones; of the rest, those that were
     rejected among them, come the GRPO prompts."""
@@ -413,42 +393,59 @@ def make_items(records, placed, sizes, teacher, scorer, config, path):
         if not row["outcome"].startswith("failed"):  # those are asked again
             known[row["id"]] = row
 
-    def make(batch, *servers):
+    def make(chosen, start, *servers):
+        """The rows of a batch, asked side by side, where there are none yet."""
+        batch = chosen[start : start + BATCH]
+        missing = [record for record in batch if record.id not in known]
         with ThreadPoolExecutor(teacher.threads) as pool:
-            rows = list(pool.map(lambda record: draft(record, config, *servers), batch))
-        add_pairs(batch, rows, scorer, config.seed)
+            rows = list(pool.map(lambda record: draft(record, config, *servers), missing))
         append_jsonl(path, rows)
         known.update((row["id"], row) for row in rows)
+        return [known[record.id] for record in batch]
 
     spare = [record for record in records if placed[record.id] == "spare"]
     held = [record for record in records if placed[record.id] == "eval"]
     accepted = []
     for start in tqdm(range(0, len(spare), BATCH), desc="build: drafts", leave=False):
-        batch = spare[start : start + BATCH]
         if len(accepted) >= sizes["sft"]:
             break
-        if any(record.id not in known for record in batch):  # all, or pairs would be other ones
-            make(batch, teacher, scorer)
-        for record in batch:
-            placed[record.id] = known[record.id]["outcome"]
-            if placed[record.id] == "accepted":
-                accepted.append(record.id)
+        for row in make(spare, start, teacher, scorer):
+            placed[row["id"]] = row["outcome"]
+            if row["outcome"] == "accepted":
+                accepted.append(row["id"])
     if not accepted:
         counts = dict(Counter(placed.values()))
         raise DataError(f"no response of the teacher was accepted, so nothing can train: {counts}")
     placed |= dict.fromkeys(accepted[: sizes["sft"]], "sft")
     rest = [record for record in spare if not placed[record.id].startswith(("sft", "failed"))]
     for name, chosen in (("grpo", rest[: sizes["grpo"]]), ("eval", held)):
-        missing = [record for record in chosen if record.id not in known]
-        for start in range(0, len(missing), BATCH):
-            make(missing[start : start + BATCH], teacher)
-        for record in chosen:
-            row = known[record.id]
-            placed[record.id] = name if "plan" in row else row["outcome"]
+        for start in range(0, len(chosen), BATCH):
+            for row in make(chosen, start, teacher):
+                placed[row["id"]] = name if "plan" in row else row["outcome"]
     return known
 
 
-def write_sets(folder, records, known, placed):
+def add_pairs(records, rows, scorer, seed):
+    """Put `rejected`, {kind: text}, into SFT's rows: perturbations that are really worse. The
+    checker finds a violation; where it finds none, the judge's sum is lower."""
+    legal = []  # (row, kind, Case)
+    for record, row in zip(records, rows):
+        rng = random.Random(f"dpo {seed} {record.id}")
+        other_calls = tool_calls(protocol.check(rng.choice(rows)["response"]))
+        row["rejected"] = {}
+        for kind, check in broken_responses(row, other_calls, rng):
+            if check.legal:
+                legal.append((row, kind, Case(record.question, record.images, check)))
+            else:
+                row["rejected"][kind] = check.text
+    print(f"build: {len(legal)} perturbations are judged")
+    scores = scorer.score([case for _, _, case in legal])
+    for (row, kind, case), score in zip(legal, scores):
+        if score and sum(asdict(score).values()) < sum(row["scores"].values()):
+            row["rejected"][kind] = case.check.text
+
+
+def write_sets(folder, records, placed, known):
     """The four files, in the order of raw.jsonl. Returns what is in each, for the card."""
     sets = {name: [] for name in SETS}
     for record in records:
@@ -461,8 +458,8 @@ def write_sets(folder, records, known, placed):
             row["benchmark"] = "held-out"
         if name == "sft":
             for kind, text in made["rejected"].items():
-                pair = {"id": f"{record.id}-{kind}", "chosen": made["response"], "rejected": text}
-                sets["dpo"].append(row | pair | {"perturbation": kind})
+                pair = {"chosen": made["response"], "rejected": text, "perturbation": kind}
+                sets["dpo"].append(row | {"id": f"{record.id}-{kind}"} | pair)
             row["response"] = made["response"]
         sets[name].append(row)
     card = {}
@@ -510,10 +507,12 @@ def build(config, folder):
     path = work / "items.jsonl"
     try:
         known = make_items(records, placed, sizes, teacher, scorer, config, path)
+        chosen = [record for record in records if placed[record.id] == "sft"]
+        add_pairs(chosen, [known[record.id] for record in chosen], scorer, config.seed)
     except JudgeError as error:
         raise JudgeError(f"{error}\nbuild: the same command goes on from {path}") from error
     card = {"inputs": inputs, "items": Counter(placed.values())}  # every raw item is in one count
-    card |= write_sets(folder, records, known, placed)
+    card |= write_sets(folder, records, placed, known)
     write_text(card_path, json.dumps(card, indent=1, ensure_ascii=False) + "\n")  # last
     print(f"build: {folder}: {dict(card['items'])}")
     print(f"build: teacher {dict(teacher.counts)}, judge {dict(scorer.counts)}")

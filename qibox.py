@@ -45,6 +45,7 @@ from data import (
     set_path,
     write_jsonl,
 )
+from eval import read_sets
 from judge import Case, JudgeError
 from protocol import plan_to_dict
 from reward import structured_reward
@@ -213,19 +214,11 @@ def read_scores(folder, size):
 # ---- the box -------------------------------------------------------------------------------------
 
 
-def read_held_out(config, folder, against):
-    """The records of every evaluation set that the pool, in this folder, must not overlap."""
-    path = set_path(folder, "eval")
-    records = []
-    if path.exists() or not (config.benchmarks or against):
-        records = read_records(path, "eval")
-    for other in against:
-        records += read_records(other, "eval")
-    if config.benchmarks:
-        from extras.benchmarks import read_benchmark
-
-        for name in config.benchmarks.split(","):
-            records += read_benchmark(name, os.path.join(config.bench_data, name))
+def read_held_out(config, against):
+    """The records of every evaluation set that the pool must not overlap."""
+    records = sum(read_sets(config).values(), [])
+    for path in against:
+        records += read_records(path, "eval")
     return records
 
 
@@ -263,7 +256,8 @@ def curate(pool, status, scores, config):
         q, u = points.get(record.id, (None, None))
         why = status.get(record.id, "no score") if q is None else place(q, u, bounds)
         row = {"id": record.id, "kind": record.meta.get("kind", ""), "status": why}
-        rows.append(row | {"quality": q, "instability": u})
+        row |= {"quality": q, "instability": u}
+        rows.append(row)
     kept = {row["id"] for row in rows if row["status"] == "in the box"}
     if not kept:
         raise DataError(f"no record is in the box ({box_text(bounds)}): change the --qi_ flags")
@@ -283,11 +277,10 @@ def box_text(bounds):
 def status_table(rows, bounds, lost):
     """Markdown: how many records have which status, by kind; the lines add up to the pool."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    statuses = list(dict.fromkeys(row["status"] for row in rows))
     counts = Counter((row["status"], row["kind"]) for row in rows)
     counts += Counter(("kept for GRPO", row["kind"]) for row in rows if row["kept"])
     lines = []
-    for status in [*statuses, "kept for GRPO"]:
+    for status in dict.fromkeys(status for status, _ in counts):
         numbers = [counts[status, kind] for kind in kinds]
         lines.append([status, *numbers, sum(numbers)])
     table = markdown_table(["status", *kinds, "all"], lines)
@@ -332,7 +325,7 @@ def main(argv):
     folder = Path(config.out) / "qibox"
     source = config.data or os.path.join(config.out, "data")
     pool = read_records(set_path(source, "pool"), "grpo")
-    held_out = [] if words == ["score"] else read_held_out(config, source, known.against)
+    held_out = [] if words == ["score"] else read_held_out(config, known.against)
     lock_folder(folder)
     if words != ["box"]:
         score(config, folder, pool)
