@@ -10,7 +10,6 @@ import sys
 import threading
 from collections import Counter
 from dataclasses import asdict, replace
-from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -96,10 +95,8 @@ def test_rebuilding_gives_the_same_bytes(folder, tmp_path):
     mine = files(folder)
     assert files(built(tmp_path / "again", 0)) == mine
     other = files(built(tmp_path / "other", 1))
-    assert other["sft.jsonl"] != mine["sft.jsonl"]
-    held_out = {name for name in mine if "eval" in name}
-    assert len(held_out) == 1 + SMALL["eval"]
-    assert all(other[name] == mine[name] for name in held_out)
+    same = {name for name in mine if other.get(name) == mine[name]}
+    assert same == {name for name in mine if "eval" in name}
 
 
 def test_about_three_pairs_an_item_each_really_worse(folder):
@@ -180,36 +177,28 @@ def number_of(row):
 
 
 class Server(ThreadingHTTPServer):
-    """Teacher, planner and judge in one. Which of its replies are unusable depends on the request
-    alone, so any order gives the same."""
+    """Teacher, planner and judge in one."""
 
     daemon_threads, request_queue_size = True, 128
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked = 0
-        self.faults = 0.0  # share of the teacher's replies that fail
         self.dies_at = 10**6
         self.flat = False  # a judge that finds everything equally good
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        raw = self.rfile.read(int(self.headers["Content-Length"]))
-        messages = json.loads(raw)["messages"]
+        messages = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
         server = self.server
         server.asked += 1
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         parts = messages[bool(system)]["content"]
         text = "\n".join(part["text"] for part in parts if part["type"] == "text")
-        fails = sha256(raw).digest()[0] < 256 * server.faults
-        fails = fails and "number" in text and not system.startswith("You grade")
-        reply = {"error": "no"}
-        status = 400
-        if server.asked <= server.dies_at and not fails:
-            message = {"content": say(system, text, messages, server.flat)}
-            reply = {"choices": [{"message": message, "finish_reason": "stop"}]}
-            status = 200
+        message = {"content": say(system, text, messages, server.flat)}
+        reply = {"choices": [{"message": message, "finish_reason": "stop"}]}
+        status = 200 if message["content"] and server.asked <= server.dies_at else 400
         payload = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(payload)))
@@ -221,7 +210,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def say(system, text, messages, flat):
-    """The reply of planner, judge, preflight or teacher."""
+    """The reply of planner, judge, preflight or teacher; nothing: status 400. It depends on the
+    request alone, so any order gives the same."""
     found = re.search(r"number (\d+)", text)
     good = json.dumps(asdict(judge.Scores(9, 9, 9, 9)))
     if found is None:
@@ -237,6 +227,8 @@ def say(system, text, messages, flat):
     mended = number % 7 == 5 and len(messages) > 2  # when it was told so
     if (number % 7 == 5 and not mended) or number % 14 == 12:
         return "Sorry, I forgot the form."
+    if number == 10:
+        return ""
     response = protocol.render_response(*toy.teach(case, random.Random(number), careful=True))
     return "<think>a draft</think>\n  \ud800" + response.replace("; ", " ; ")
 
@@ -244,7 +236,7 @@ def say(system, text, messages, flat):
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     """raw.jsonl of the cases: with and without labels, one picture saved anew, one question in
-    other spelling, one repeated item, one without a picture."""
+    other spelling, one repeated item, one wrong label, one without a picture."""
     folder = tmp_path_factory.mktemp("raw")
     (folder / "images").mkdir()
     lines = []
@@ -262,6 +254,7 @@ def pool(tmp_path_factory):
     lines[NEAR]["images"] = ["images/again.bmp"]
     lines[NEAR]["question"] = CASES[8].question.upper().replace(" ", "  ") + " !"
     lines[TWICE] |= {"images": ["images/9.png"], "question": lines[9]["question"]}
+    lines[16]["meta"]["expected"] = "refuse"
     lines[50]["images"] = []
     data.write_jsonl(folder / "raw.jsonl", lines)
     return folder
@@ -314,42 +307,44 @@ def test_raw_items_become_four_sets(server, fresh):
     sets = {name: rows(folder, name) for name in data.SETS}
     for name in data.SETS:
         assert len(data.read_records(folder / f"{name}.jsonl", name)) == len(sets[name]) > 0
+    responses = {}
     for row in sets["sft"]:
+        responses[row["id"]] = row["response"]
         assert protocol.check(row["response"], plan_of(row)).legal
         assert " ;" not in row["response"] and "\ud800" not in row["response"]
         scores = asdict(oracle_scores(CASES[number_of(row)], row["response"]))
         assert all(scores[name] >= least for name, least in asdict(build.ACCEPT).items())
-    responses = {row["id"]: row["response"] for row in sets["sft"]}
-    assert {row["perturbation"] for row in sets["dpo"]} == set(build.PERTURBATIONS)
+    made = Counter(row["perturbation"] for row in sets["dpo"])
+    assert set(made) == set(build.PERTURBATIONS)
     assert 2.5 < len(sets["dpo"]) / len(sets["sft"]) <= 3
     for row in sets["dpo"]:
         case = CASES[number_of(row)]
         assert reward_total(row, "chosen", case) > reward_total(row, "rejected", case)
         assert row["chosen"] == responses[row["id"].removesuffix("-" + row["perturbation"])]
-        wrote_harm = row["perturbation"] == "wrong-decision" and toy.expected(case) != "comply"
-        assert not wrote_harm
+        assert row["perturbation"] != "wrong-decision" or toy.expected(case) == "comply"
     card = card_of(folder)
-    ids = sum(([row["id"] for row in sets[name]] for name in ("sft", "grpo", "eval")), [])
-    assert len(ids) == len(set(ids))
+    placed = Counter(row["id"] for name in ("sft", "grpo", "eval") for row in sets[name])
+    assert max(placed.values()) == 1 and len(sets["eval"]) == 4
     assert sum(card["items"].values()) == N and card["items"]["repeated"] == 1
+    assert card["items"]["failed: teacher, http 400"] == 1 and "raw-10" not in placed
     for name, lines in sets.items():
         counts = [sum(card[name][of].values()) for of in ("topologies", "sources")]
         assert {card[name]["rows"], *counts} == {len(lines)}
-    assert sum(card["dpo"]["perturbations"].values()) == len(sets["dpo"])
-    assert len(sets["eval"]) == 4
+    assert card["dpo"]["perturbations"] == made
     drafts = rows(folder / "work", "items")
-    assert {"rejected: checker, format", "accepted"} <= {row["outcome"] for row in drafts}
-    planned = " ".join(row["why"] for row in drafts)
+    outcomes = {number_of(row): row["outcome"] for row in drafts}
+    assert outcomes[5] == "accepted"  # at the second attempt
+    assert outcomes[16] == "rejected: label" and outcomes[12] == "rejected: checker, format"
+    planned = " ".join(row.get("why", "") for row in drafts)
     assert all(why in planned for why in ("because the case", "by the planner model", "By rule"))
 
 
 def test_a_killed_build_goes_on_to_the_same_bytes(server, fresh, monkeypatch):
-    """Guards: half a batch taken for whole, work done twice, and sets that depend on where a run
-    was stopped. No cache helps."""
-    whole = run(fresh("whole"))
-    asked = server.asked
-    append, write = build.append_jsonl, build.write_jsonl
-    for stop in (2, 3, 4, "dpo.jsonl"):  # in that batch; or when all is asked
+    """Guards: work done twice, and sets that depend on where a run was stopped. No cache helps."""
+    whole = results(run(fresh("whole")))
+    all_asked = server.asked
+    write, append = data.write_jsonl, data.append_jsonl
+    for stop in (2, 4, "dpo.jsonl"):  # in that batch; or when all is asked
         batches = []
 
         def append_or_die(path, lines):
@@ -362,7 +357,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(server, fresh, monkeypatch):
             raise KeyboardInterrupt
 
         def write_or_die(path, lines):
-            if Path(path).name == stop:
+            if path.name == stop:
                 raise KeyboardInterrupt
             write(path, lines)
 
@@ -372,27 +367,15 @@ def test_a_killed_build_goes_on_to_the_same_bytes(server, fresh, monkeypatch):
             patch.setattr(build, "write_jsonl", write_or_die)
             with pytest.raises(KeyboardInterrupt):
                 run(folder)
-        assert not (folder / "card.json").exists()
         for cache in folder.glob("work/cache-*"):
             shutil.rmtree(cache)
-        before = server.asked
-        made = run(folder)
-        assert results(made) == results(whole), stop
-        assert server.asked - before < (asked if stop == 2 else asked / 2)
+        asked = server.asked
+        assert not (folder / "card.json").exists()
+        assert results(run(folder)) == whole, stop
+        assert server.asked - asked < 0.8 * all_asked
     asked = server.asked
-    assert run(folder) == made and server.asked == asked  # finished: not one request more
-
-
-def test_a_teacher_that_often_fails_loses_nothing(server, fresh):
-    """Guards: a fault that stops a run, an item that vanishes with it, and a made-up response."""
-    server.faults = 0.3
-    folder = fresh()
     run(folder)
-    items = card_of(folder)["items"]
-    failed = sum(count for what, count in items.items() if what.startswith("failed: teacher"))
-    assert 5 < failed < 40 and sum(items.values()) == N
-    used = {row["id"] for name in ("sft", "grpo", "eval") for row in rows(folder, name)}
-    assert len(used) == items["sft"] + items["grpo"] + items["eval"] <= N - failed - 1
+    assert server.asked == asked  # finished: not one request more
 
 
 def test_a_dead_server_stops_the_run_and_keeps_the_work(server, fresh, monkeypatch):
@@ -422,24 +405,19 @@ def test_evaluation_shares_no_image_and_no_question(pool):
     """Guards: leaks by a copied picture or a re-spelt question; a split that depends on the order
     of the file; more held out than asked for."""
     records = data.read_records(pool / "raw.jsonl", "grpo")
-    mixed = random.Random(0).sample(records, N)
-    same = {"raw-9", f"raw-{TWICE}"}
-    kin = {f"raw-{NEAR}": {"raw-5", "raw-8"}, "raw-5": {f"raw-{NEAR}"}, "raw-8": {f"raw-{NEAR}"}}
+    twice = {"raw-9", f"raw-{TWICE}"}
     shared = 0
     for size in range(N):
         placed = build.split_items(records, size)
-        assert sorted(placed) == sorted(record.id for record in records)
         held = {name for name, what in placed.items() if what == "eval"}
-        assert len(held) == size
-        assert [placed[name] for name in same].count("repeated") == 1
-        for name in held & set(kin):
-            shares = {placed[other] for other in kin[name] - held}
-            assert shares <= {"shares image or question with eval"}
-            shared += len(shares)
-        again = build.split_items(mixed, size)
-        assert {name: placed[name] for name in placed if name not in same} == {
-            name: again[name] for name in again if name not in same
-        }
+        assert len(placed) == N and len(held) == size
+        assert [placed[name] for name in twice].count("repeated") == 1
+        for kin in ("raw-5", "raw-8"):  # neither is held out beside a training item like it
+            pair = {placed[kin], placed[f"raw-{NEAR}"]}
+            assert pair != {"eval", "spare"}
+            shared += "shares image or question with eval" in pair
+        again = build.split_items(records[::-1], size)
+        assert {name for name in placed if placed[name] != again[name]} <= twice
     assert shared > 10
 
 
