@@ -404,7 +404,7 @@ def make_items(records, placed, sizes, teacher, scorer, config, path):
         return [known[record.id] for record in batch]
 
     spare = [record for record in records if placed[record.id] == "spare"]
-    held = [record for record in records if placed[record.id] == "eval"]
+    held_out = [record for record in records if placed[record.id] == "eval"]
     accepted = []
     for start in tqdm(range(0, len(spare), BATCH), desc="build: drafts", leave=False):
         if len(accepted) >= sizes["sft"]:
@@ -418,7 +418,7 @@ def make_items(records, placed, sizes, teacher, scorer, config, path):
         raise DataError(f"no response of the teacher was accepted, so nothing can train: {counts}")
     placed |= dict.fromkeys(accepted[: sizes["sft"]], "sft")
     rest = [record for record in spare if not placed[record.id].startswith(("sft", "failed"))]
-    for name, chosen in (("grpo", rest[: sizes["grpo"]]), ("eval", held)):
+    for name, chosen in (("grpo", rest[: sizes["grpo"]]), ("eval", held_out)):
         for start in range(0, len(chosen), BATCH):
             for row in make(chosen, start, teacher):
                 placed[row["id"]] = name if "plan" in row else row["outcome"]
@@ -474,11 +474,16 @@ def write_sets(folder, records, placed, known):
     return card
 
 
-def build(config, folder):
+def main(argv):
     """Write the four sets and card.json from <folder>/raw.jsonl; what is made is in <folder>/work.
 
-    Raises DataError on bad raw data, ConfigError on a folder made otherwise, JudgeError when
-    teacher or judge is down."""
+    Flags as in config.py; the folder by --data or DATA. Raises DataError on bad raw data,
+    ConfigError on a folder made otherwise, JudgeError when teacher or judge is down."""
+    config = parse_config(argv)
+    name = config.data or os.environ.get("DATA", "")
+    if not name:
+        raise ConfigError("build.py builds from your data: give --data FOLDER with a raw.jsonl")
+    folder = Path(name)
     records = read_raw(folder)
     work = folder / "work"
     there = [name for name in SETS if (folder / f"{name}.jsonl").exists()]
@@ -516,15 +521,6 @@ def build(config, folder):
     write_text(card_path, json.dumps(card, indent=1, ensure_ascii=False) + "\n")  # last
     print(f"build: {folder}: {dict(card['items'])}")
     print(f"build: teacher {dict(teacher.counts)}, judge {dict(scorer.counts)}")
-
-
-def main(argv):
-    """Flags as in config.py; the data folder by --data or DATA."""
-    config = parse_config(argv)
-    folder = config.data or os.environ.get("DATA", "")
-    if not folder:
-        raise ConfigError("build.py builds from your data: give --data FOLDER with a raw.jsonl")
-    build(config, Path(folder))
 
 
 if __name__ == "__main__":
