@@ -172,8 +172,7 @@ def test_tables_of_results_are_those_of_the_ablations():
         assert row.split(" | ", 1)[1] in page, row
 
 
-# ---- examples
-# --------------------------------------------------------------------------------------
+# ---- examples ------------------------------------------------------------------------------------
 
 
 def test_example_trace_is_valid():
@@ -213,8 +212,7 @@ def test_plan_drawings_are_what_draw_plan_prints():
         assert data.draw_plan(plan) in README
 
 
-# ---- minutes and lines
-# ---------------------------------------------------------------------------------
+# ---- minutes and lines ---------------------------------------------------------------------------
 
 
 def minutes(name):

@@ -98,8 +98,7 @@ def count_asked(monkeypatch, stop_after=99):
     return asked
 
 
-# ---- resuming
-# --------------------------------------------------------------------------------------
+# ---- resuming ------------------------------------------------------------------------------------
 
 
 def test_resume_equals_not_stopping(run, tmp_path, monkeypatch):
@@ -214,8 +213,7 @@ def test_a_limit_takes_as_many_of_each_benchmark(run, world, monkeypatch):
     assert ids != [records[i].id for i in (0, 1, COUNT // 2, COUNT // 2 + 1)]
 
 
-# ---- numbers
-# ---------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def made_up(monkeypatch, records=()):
