@@ -522,15 +522,16 @@ def versions():
 
 
 def main(argv):
-    """Print the settings that the flags give, or with --get one of them."""
+    """Print the settings that the flags give, or with --get NAME one of them."""
     if "--help" in argv:
         return make_parser().print_help()
-    get = argv[:1] == ["--get"]
-    config = parse_config(argv[2:] if get else argv)
-    if not get:
-        return print(json.dumps(vars(config), indent=1, ensure_ascii=False))
-    value = getattr(config, argv[1])
-    print(int(value) if isinstance(value, bool) else value)
+    if argv[:1] != ["--get"]:
+        return print(json.dumps(vars(parse_config(argv)), indent=1, ensure_ascii=False))
+    values = vars(parse_config(argv[2:]))
+    if argv[1:2] and argv[1] in values:
+        value = values[argv[1]]
+        return print(int(value) if isinstance(value, bool) else value)
+    raise ConfigError(f"--get: expected a setting, one of {', '.join(values)}")
 
 
 if __name__ == "__main__":
