@@ -70,19 +70,16 @@ def load_model(folder, dtype, device):
     Raises ModelError: no config, no weights, another architecture, missing tensors.
     """
     path = Path(folder)
-    if path.exists() and not (path / "config.json").is_file():
-        raise ModelError(f"{folder}: holds no config.json; save_pretrained writes such a folder")
-    if path.exists() and not list(path.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder}: has a config.json but no *.safetensors; download the weights too"
-        )
+    for name in ("config.json", "*.safetensors"):
+        if path.exists() and not list(path.glob(name)):
+            raise ModelError(f"{folder}: holds no {name}; save_pretrained writes such a folder")
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "qwen2_5_vl":
-            raise ModelError(f"{folder}: holds a {config.model_type} model, not qwen2_5_vl")
+            raise ValueError(f"it is a {config.model_type} model, not qwen2_5_vl")
         rope = config.text_config.rope_parameters.get("rope_type", "default")
         if config.text_config.use_sliding_window or rope != "default":
-            raise ModelError(f"{folder}: no sliding window or scaled position is computed here")
+            raise ValueError("no sliding window or scaled position is computed here")
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder,
             dtype=dtype,
@@ -90,8 +87,6 @@ def load_model(folder, dtype, device):
             use_safetensors=True,
             output_loading_info=True,
         )
-    except ModelError:
-        raise
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # no name, network, JSON
         raise ModelError(f"{folder}: cannot be loaded: {error}") from error
     # transformers fills what a file lacks with random numbers and only warns
@@ -108,9 +103,9 @@ def banned_token_ids(model):
 
     A sampled image pad makes the next forward pass count more pads than features.
     """
-    config = getattr(model, "config", model)
-    starts = {config.vision_start_token_id, config.vision_end_token_id}
-    return sorted({config.image_token_id, config.video_token_id} | starts)
+    config = model.config
+    pads = {config.image_token_id, config.video_token_id}
+    return sorted(pads | {config.vision_start_token_id, config.vision_end_token_id})
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -131,7 +126,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale = alpha / r
-        self.on = True
+        self.off = 0  # blocks of adapters_off that we are inside of
         device = base.weight.device
         start = torch.randn(r, base.in_features, generator=generator) / math.sqrt(base.in_features)
         self.A = nn.Parameter(start.to(device))  # (r, in)
@@ -141,21 +136,17 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         y = self.base(x)
-        if not self.on:
+        if self.off:
             return y
         if self.cast is not None:
             return y + F.linear(F.linear(x, self.cast[0]), self.cast[1])
         low = F.linear(x, self.A.to(x.dtype)) * self.scale  # (..., r)
         return y + F.linear(low, self.B.to(x.dtype))
 
-    def delta(self):
-        """The update of W in float32, (out, in)."""
-        return self.scale * (self.B.detach().float() @ self.A.detach().float())
-
     def merged(self):
-        """W with the update, added in float32 and cast once."""
+        """W with the update, (out, in), added in float32 and cast once."""
         weight = self.base.weight
-        return (weight.float() + self.delta()).to(weight.dtype)
+        return (weight.float() + self.scale * (self.B @ self.A)).to(weight.dtype)
 
 
 def lora_layers(model):
@@ -194,26 +185,25 @@ def lora_parameters(model):
 @contextlib.contextmanager
 def adapters_off(model):
     """Inside the block the model is the base, that is, the reference policy. Nests."""
-    layers = list(lora_layers(model).values())
-    before = [layer.on for layer in layers]
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.off += 1
     try:
-        for layer in layers:
-            layer.on = False
         yield
     finally:
-        for layer, on in zip(layers, before):
-            layer.on = on
+        for layer in layers:
+            layer.off -= 1
 
 
 @contextlib.contextmanager
 def cast_adapters(model):
     """Inside the block A and B are cast and scaled once, not at every call: sampling calls
     often."""
-    layers = list(lora_layers(model).values())
+    layers = lora_layers(model).values()
+    for layer in layers:
+        dtype = layer.base.weight.dtype
+        layer.cast = (layer.A.detach() * layer.scale).to(dtype), layer.B.detach().to(dtype)
     try:
-        for layer in layers:
-            dtype = layer.base.weight.dtype
-            layer.cast = (layer.A.detach() * layer.scale).to(dtype), layer.B.detach().to(dtype)
         yield
     finally:
         for layer in layers:
@@ -252,9 +242,8 @@ def save_adapter(model, path, metadata):
     first = next(iter(layers.values()))
     r = len(first.A)
     header = {"r": r, "alpha": first.scale * r, "targets": TARGETS, "metadata": metadata}
-    tensors = {}
-    for name, parameter in lora_parameters(model).items():
-        tensors[name] = parameter.detach().cpu().contiguous()
+    parameters = lora_parameters(model).items()
+    tensors = {name: parameter.detach().cpu() for name, parameter in parameters}
     words = {"format": ADAPTER_FORMAT, "header": json.dumps(header)}
     write_whole(path, lambda part: save_file(tensors, part, metadata=words))
 
@@ -310,28 +299,32 @@ def encode_images(model, images, grad=False):
     Returns dict: image key -> (n_tokens, C), n_tokens = prod(grid) / merge_size^2, tower's dtype.
     """
     tower = model.model.visual
-    batches = [[]]
+    batches = []
     patches = 0
     for image in {image.key: image for image in images}.values():
         patches += len(image.patches)
-        if batches[-1] and patches > TOWER_PATCHES:
+        if not batches or patches > TOWER_PATCHES:
             batches.append([])
             patches = len(image.patches)
         batches[-1].append(image)
     features = {}
-    for batch in filter(None, batches):
+    for batch in batches:
         grids = torch.tensor([image.grid for image in batch], device=tower.device)
         pixels = torch.cat([image.patches for image in batch]).to(tower.device, tower.dtype)
         with torch.set_grad_enabled(grad):
             out = tower(pixels, grid_thw=grids).pooler_output  # (all tokens, C)
         sizes = [math.prod(image.grid) // tower.spatial_merge_size**2 for image in batch]
         for image, part in zip(batch, out.split(sizes)):
-            # a clone, since a view would keep the whole batch alive in a cache
-            features[image.key] = part if grad else part.clone()
+            features[image.key] = part.clone()  # a view would keep the whole batch alive
     return features
 
 
 # ---- positions -----------------------------------------------------------------------------------
+
+
+def text_positions(start, count):
+    """Rotary positions (3, count) of text that begins at `start`: the same in all three rows."""
+    return start + torch.arange(count).expand(3, -1)
 
 
 def rope_positions(ids, grids, image_token_id, merge_size):
@@ -355,15 +348,16 @@ def rope_positions(ids, grids, image_token_id, merge_size):
         start = ids.index(image_token_id, done)
         if ids[start : start + size] != [image_token_id] * size:
             raise ValueError(f"the image pads from token {start} on are fewer than {size}")
-        parts.append(position + torch.arange(start - done).expand(3, -1))  # text before the image
+        parts.append(text_positions(position, start - done))  # the text before the image
         position += start - done
         rows, columns = high // merge_size, wide // merge_size
         axes = torch.meshgrid(*map(torch.arange, (frames, rows, columns)), indexing="ij")
         parts.append(position + torch.stack(axes).flatten(1))  # (3, size)
         position += max(rows, columns)
         done = start + size
-    parts.append(position + torch.arange(len(ids) - done).expand(3, -1))
-    return torch.cat(parts, dim=1), position + len(ids) - done
+    rest = len(ids) - done
+    parts.append(text_positions(position, rest))
+    return torch.cat(parts, dim=1), position + rest
 
 
 def rope_tables(model, positions, dtype):
@@ -437,7 +431,9 @@ class Packed:
     ids: torch.Tensor  # (N,)
     positions: torch.Tensor  # (3, N)
     features: torch.Tensor | None  # (I, C) of all images, in the order of their pads
-    sizes: list  # per group: (rows of its prompt, [rows of each response])
+    # per group: (rows of its prompt, [rows of each response]); the rows of a single response are
+    # counted with its prompt's
+    sizes: list
     predict: torch.Tensor  # (M,) the row whose output predicts each response token
     targets: torch.Tensor  # (M,) the response tokens
     lengths: list  # (S,) tokens of each response
@@ -452,27 +448,31 @@ def pack_groups(model, groups, features):
     """
     config = model.config
     merge = config.vision_config.spatial_merge_size
-    banned = set(banned_token_ids(config))
+    banned = set(banned_token_ids(model))
     ids, positions, images, sizes = [], [], [], []
     predict, targets, lengths = [], [], []
     for prompt, responses in groups:
         grids = [image.grid for image in prompt.images]
-        rows, following = rope_positions(prompt.ids, grids, config.image_token_id, merge)
+        shown, following = rope_positions(prompt.ids, grids, config.image_token_id, merge)
         ids += prompt.ids
-        positions.append(rows)
+        positions.append(shown)
         images += [features[image.key] for image in prompt.images]
         last = len(ids) - 1  # the prompt's last row predicts the first token of each response
         for response in responses:
             if banned.intersection(response):
                 raise ValueError(f"a response holds one of the vision tokens {sorted(banned)}")
             fed = list(response[:-1])
-            own = [last, *range(len(ids), len(ids) + len(fed))]
-            predict += own[: len(response)]  # none for an empty response
+            rows = [last, *range(len(ids), len(ids) + len(fed))]
+            predict += rows[: len(response)]  # none for an empty response
             targets += response
             lengths.append(len(response))
             ids += fed
-            positions.append(following + torch.arange(len(fed)).expand(3, -1))
-        sizes.append((len(prompt.ids), [len(response[:-1]) for response in responses]))
+            positions.append(text_positions(following, len(fed)))
+        shared = len(prompt.ids)
+        own = [len(response[:-1]) for response in responses]
+        if len(own) == 1:  # prompt and response are one causal sequence
+            shared += own.pop()
+        sizes.append((shared, own))
     as_tensor = partial(torch.tensor, dtype=torch.long, device=model.device)
     return Packed(
         as_tensor(ids),
@@ -499,10 +499,7 @@ def group_attention(sizes, i, q, k, v):
     v = v.repeat_interleave(repeat, dim=1)
     spans = []
     for prompt, responses in sizes:
-        if len(responses) == 1:  # prompt and response are one causal sequence
-            spans.append(prompt + responses[0])
-        else:
-            spans += [prompt, sum(responses)]
+        spans += [prompt, sum(responses)]
     # one split, since the backward pass of each slice would fill a tensor as large as all of q
     parts = zip(q.split(spans), k.split(spans), v.split(spans))
     out = []
@@ -510,16 +507,14 @@ def group_attention(sizes, i, q, k, v):
         first = [x.transpose(0, 1)[None] for x in next(parts)]  # (1, H, P, D) each
         seen = F.scaled_dot_product_attention(*first, is_causal=True)
         out.append(seen[0].transpose(0, 1))  # (P, H, D)
-        own = next(parts) if len(responses) != 1 else None
-        if own and any(responses):
+        own = next(parts)
+        if any(responses):
             rows = [pad_sequence(x.split(responses), batch_first=True) for x in own]
-            rows = [x.transpose(1, 2) for x in rows]  # (K, H, R, D) each
-            keys, values = (
-                torch.cat([shared.expand(len(responses), -1, -1, -1), x], dim=2)
-                for shared, x in zip(first[1:], rows[1:])
-            )  # (K, H, P + R, D)
-            bias = causal_lower_right(rows[0].shape[2], keys.shape[2])
-            seen = F.scaled_dot_product_attention(rows[0], keys, values, attn_mask=bias)
+            queries, *rows = [x.transpose(1, 2) for x in rows]  # (K, H, R, D) each
+            shared = [x.expand(len(responses), -1, -1, -1) for x in first[1:]]
+            keys, values = [torch.cat(pair, dim=2) for pair in zip(shared, rows)]  # (K, H, P+R, D)
+            bias = causal_lower_right(queries.shape[2], keys.shape[2])
+            seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
             for row, length in zip(seen.transpose(1, 2), responses):
                 out.append(row[:length])
     return torch.cat(out).flatten(1)
@@ -551,12 +546,14 @@ def log_softmax_banned(logits, banned, temperature):
 
 
 def head_logprobs(lm_head, hidden, targets, banned, temperature, entropy):
-    """Log-probabilities (n,) of targets (n,) after hidden states (n, C), and their entropy (n,) or
-    None, without gradient."""
+    """Log-probabilities (n,) of targets (n,) after hidden states (n, C), and on request their
+    entropy (n,), without gradient."""
     logprobs = log_softmax_banned(lm_head(hidden), banned, temperature)  # (n, V)
     picked = logprobs.gather(1, targets[:, None]).squeeze(1)
+    if not entropy:
+        return (picked,)
     with torch.no_grad():
-        return picked, torch.special.entr(logprobs.exp()).sum(1) if entropy else None
+        return picked, torch.special.entr(logprobs.exp()).sum(1)
 
 
 def token_logprobs(model, groups, features, temperature=1.0, checkpoint=False, entropy=False):
@@ -577,15 +574,14 @@ def token_logprobs(model, groups, features, temperature=1.0, checkpoint=False, e
         step = partial(head_logprobs, model.lm_head, rows, targets, banned, temperature, entropy)
         # a single chunk may keep its (n, V); of several each is made again in the backward pass
         chunks.append(recompute(step, use_reentrant=False) if several else step())
-    lengths = torch.tensor(packed.lengths, device=hidden.device)
-    longest = max(packed.lengths, default=0)
-    mask = torch.arange(longest, device=hidden.device) < lengths[:, None]  # (S, T)
-    padded = []
-    for parts in zip(*chunks):
-        if parts[0] is not None:
-            rows = torch.cat(parts).split(packed.lengths)
-            padded.append(pad_sequence(rows, batch_first=True))  # (S, T)
-    return (padded[0], mask, *padded[1:])
+
+    def pad(values):
+        """(M,) -> (S, T)"""
+        return pad_sequence(values.split(packed.lengths), batch_first=True)
+
+    mask = pad(torch.ones_like(packed.targets, dtype=torch.bool))
+    logprobs, *entropies = [pad(torch.cat(parts)) for parts in zip(*chunks)]
+    return logprobs, mask, *entropies
 
 
 def micro_batches(groups, token_budget):
@@ -593,9 +589,7 @@ def micro_batches(groups, token_budget):
 
     Returns lists of indices into groups, each once. A group over the budget is alone: never cut.
     """
-    costs = []
-    for prompt, responses in groups:
-        costs.append(len(prompt.ids) + sum(map(len, responses)))
+    costs = [len(prompt.ids) + sum(map(len, responses)) for prompt, responses in groups]
     batches = []
     filled = 0
     for index in sorted(range(len(groups)), key=costs.__getitem__):
