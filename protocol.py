@@ -127,14 +127,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Graph:
-    """Who may follow whom. Two rules more are in _check_walk: the rounds of a loop, and that a
-    gate which refuses ends a shield."""
+    """Who may follow whom. Two rules more are in _check_walk and _check_end: the rounds of a loop,
+    and that a gate which refuses ends a shield."""
 
     topology: str
     edges: dict[str, set[str]]  # tool -> tools that may come next
     start: set[str]
     end: set[str]
-    limits: dict[str, int]  # tool -> how often it may be called
 
 
 def tools_by_tier(tools):
@@ -207,7 +206,7 @@ def plan_from_dict(value) -> Plan:
 def _build_graph(tools, topology):
     """The Graph of (known, distinct) tools that fill this topology."""
     perception, reasoning, decision = map(set, tools_by_tier(tools))
-    edges = {}
+    edges = dict.fromkeys(decision, decision)
     start, end = perception, decision
     if topology == "linear":
         edges = {first: {then} for first, then in zip(tools, tools[1:])}
@@ -219,14 +218,11 @@ def _build_graph(tools, topology):
         edges[root] = set(leaves)
         for leaf, reason in zip(leaves, reasons):
             edges[leaf] = {reason}
-            other_leaves = set(leaves) - {leaf}
-            edges[reason] = other_leaves | decision
-        edges |= dict.fromkeys(decision, decision)
+            edges[reason] = (set(leaves) - {leaf}) | decision
     elif topology == "shield":
-        # What the gate says decides whether the walk ends or goes on: see _check_walk.
         after_gate = decision - {GATE}
         edges = dict.fromkeys(perception, perception | {GATE})
-        edges[GATE] = reasoning
+        edges[GATE] = reasoning  # unless it refuses: see _check_walk
         edges |= dict.fromkeys(reasoning, reasoning | after_gate)
         edges |= dict.fromkeys(after_gate, after_gate)
         end = {GATE} | reasoning | after_gate  # the gate has decided; further decisions are free
@@ -234,14 +230,10 @@ def _build_graph(tools, topology):
         # Straight from perception to decision is legal here: without reasoning a trace has one
         # fault (missing-tier), not two.
         back = perception if topology == "loop" else set()
-        edges = dict.fromkeys(perception, perception | reasoning | decision)
+        edges |= dict.fromkeys(perception, perception | reasoning | decision)
         edges |= dict.fromkeys(reasoning, back | reasoning | decision)
-        edges |= dict.fromkeys(decision, decision)
     edges = {name: edges.get(name, set()) - {name} for name in tools}  # none follows itself
-    limits = dict.fromkeys(tools, 1)
-    if topology == "loop":
-        limits |= dict.fromkeys(perception | reasoning, LOOP_ROUNDS)
-    return Graph(topology, edges, start, end, limits)
+    return Graph(topology, edges, start, end)
 
 
 @lru_cache(maxsize=4096)
@@ -258,9 +250,7 @@ def plan_graph(plan: Plan) -> Graph:
     loop    mesh plus reasoning -> perception, at most LOOP_ROUNDS rounds; each round may call a
             tool again.
     Raises PlanError when the plan was built by hand and is not valid."""
-    problems = _plan_problems(plan.persona, plan.tools, plan.topology)
-    if problems:
-        raise PlanError(problems)
+    make_plan(plan.persona, plan.tools, plan.topology)  # raises where it is not valid
     return _build_graph(plan.tools, plan.topology)
 
 
@@ -357,10 +347,11 @@ def _split_blocks(response, found):
     tags = pieces[1::2]
     first = {tag: pieces.index(tag) for tag in set(tags)}  # tag -> number of its first piece
 
+    def line_of(number):
+        return "".join(pieces[:number]).count("\n") + 1
+
     def report(kind, number, text, message):
-        """A violation on the line at which this piece begins."""
-        line = "".join(pieces[:number]).count("\n") + 1
-        _report(found, kind, line, text, message)
+        _report(found, kind, line_of(number), text, message)
 
     for tag in TAGS:
         if tags.count(tag) != 1:
@@ -381,7 +372,7 @@ def _split_blocks(response, found):
     line = 1
     if "<thinking>" in first:
         opened = first["<thinking>"]
-        line += "".join(pieces[:opened]).count("\n")
+        line = line_of(opened)
         thinking = pieces[opened + 1]  # up to the next tag: a cut-off response still shows calls
         if not _says_something(thinking):
             report("empty", opened, "<thinking>", "The thinking block says nothing.")
@@ -400,15 +391,15 @@ def _parse_call(line_text, line, found):
     """One line `[NAME]: key=value; key=value` as a Call, else None; adds to `found`."""
     if not line_text:
         return None
-    close = line_text.find("]:")
-    if line_text[0] != "[" or close < 2:
+    head, mark, rest = line_text.partition("]:")
+    if not mark or head[:1] != "[" or head == "[":
         message = "This line is not a call of the form [NAME]: key=value; key=value."
         _report(found, "format", line, line_text, message)
         return None
     fields = {}
     broken = []
     repeated = []
-    for part in line_text[close + 2 :].split(";"):
+    for part in rest.split(";"):
         key, equals, value = part.partition("=")
         key = key.strip()
         if not equals or not key:
@@ -424,7 +415,7 @@ def _parse_call(line_text, line, found):
     if repeated:
         message = f"This call gives the field {repeated[0][:40]!r} more than once."
         _report(found, "repeated-field", line, repeated[0], message)
-    return Call(line_text[1:close], fields, line, line_text)
+    return Call(head[1:], fields, line, line_text)
 
 
 def _bare(value):
@@ -443,29 +434,28 @@ def _is_filler(tool, key, value):
     return one_letter and (len(bare) > 1 or key != "text")  # OCR may read a single letter
 
 
-def _check_fields(call, found):
-    """Adds the violations of one call of a known tool against its typed fields."""
-    tool, line = call.tool, call.line
+def _field_faults(call):
+    """(kind, text, message) of each fault of a call of a known tool against its typed fields."""
+    tool = call.tool
     unknown = [key for key in call.fields if key not in FIELDS[tool]]
     if unknown:
         message = f"{tool} has {', '.join(FIELDS[tool])}; {len(unknown)} other field(s) are given."
-        _report(found, "unknown-field", line, unknown[0], message)
+        yield "unknown-field", unknown[0], message
     for key, field in FIELDS[tool].items():
         value = call.fields.get(key)
         said = f"{key}={value}"
         if value is None:
-            _report(found, "missing-field", line, call.text, f"{tool} needs the field {key}.")
+            yield "missing-field", call.text, f"{tool} needs the field {key}."
         elif field.values:
             if value not in field.values:
-                _report(found, "bad-type", line, said, f"{tool}: {key} must be {field.wanted}.")
+                yield "bad-type", said, f"{tool}: {key} must be {field.wanted}."
         elif len(value) > MAX_VALUE:
             message = f"{tool}: {key} has {len(value)} characters; {MAX_VALUE} are allowed."
-            _report(found, "too-long", line, value, message)
+            yield "too-long", value, message
         elif not value.isprintable() or "]:" in value:  # both make a line look like several calls
-            message = f"{tool}: {key} holds invisible characters or a tool tag."
-            _report(found, "bad-type", line, said, message)
+            yield "bad-type", said, f"{tool}: {key} holds invisible characters or a tool tag."
         elif _is_filler(tool, key, value):
-            _report(found, "filler", line, said, f"{tool}: {key} says nothing.")
+            yield "filler", said, f"{tool}: {key} says nothing."
 
 
 def _check_repeat(call, first, topology, found):
@@ -490,21 +480,19 @@ def _check_walk(calls, graph, last_line):
     gates = [call.fields.get("decision") for call in walk if call.tool == GATE]
     refused = topology == "shield" and gates[:1] == ["refuse"]
     previous = None  # name of the last tool that counted
+    before = None  # its tier
     visits = Counter()
     this_round = {}  # tool -> its call in this round of a loop; other topologies have one round
     rounds = 1
     for call in walk:
         tool = call.tool
-        looks_again = (
-            topology == "loop"
-            and TOOLS[tool].tier == "perception"
-            and previous is not None
-            and TOOLS[previous].tier == "reasoning"
-        )
+        tier = TOOLS[tool].tier
+        looks_again = topology == "loop" and (before, tier) == ("reasoning", "perception")
         if looks_again:
             rounds += 1
             this_round = {}
-        if tool in this_round or visits[tool] >= graph.limits[tool]:
+        limit = 1 if tier == "decision" else LOOP_ROUNDS  # without rounds, this_round is stricter
+        if tool in this_round or visits[tool] >= limit:
             repeated.add(call.line)
             # A call beyond the last round has no call of its own round to differ from.
             _check_repeat(call, this_round.get(tool, call), topology, found)
@@ -525,6 +513,7 @@ def _check_walk(calls, graph, last_line):
         visits[tool] += 1
         this_round[tool] = call
         previous = tool
+        before = tier
     _check_end(visits, previous, graph, refused, last_line, found)
     return found, repeated
 
@@ -556,8 +545,10 @@ CLASHES = [
     {"flagged": "yes", "terms": "none"},
     {"flagged": "no", "terms": "given"},
 ]
-for _risk, _band in (("low", range(0, 4)), ("medium", range(4, 7)), ("high", range(7, 11))):
-    CLASHES += [{"risk": _risk, "score": str(n)} for n in range(11) if n not in _band]
+# risk -> the scores that do not go with it
+_MISFITS = {"low": "4 5 6 7 8 9 10", "medium": "0 1 2 3 7 8 9 10", "high": "0 1 2 3 4 5 6"}
+for _risk, _scores in _MISFITS.items():
+    CLASHES += [{"risk": _risk, "score": score} for score in _scores.split()]
 
 
 def _check_contradictions(calls, found):
@@ -599,17 +590,14 @@ def check(response: str, plan: Plan | None = None) -> Check:
             _report(found, "unknown-tool", number, call.tool, message)
             continue
         known.append(call)
-        _check_fields(call, found)
+        for kind, text, message in _field_faults(call):
+            _report(found, kind, number, text, message)
         if plan and call.tool not in plan.tools:
             _report(found, "outside-plan", number, call.text, f"{call.tool} is not in the plan.")
     used = tuple(dict.fromkeys(call.tool for call in known))
     graphs = [plan_graph(plan)] if plan else _fitting_graphs(used)  # a mesh always fits
     last_line = calls[-1].line if calls else line  # where what is missing is reported
-    walks = []
-    for graph in graphs:
-        walks.append(_check_walk(known, graph, last_line))
-        if not walks[-1][0]:
-            break  # legal: no other can be closer
+    walks = [_check_walk(known, graph, last_line) for graph in graphs]
     walk_found, repeated = min(walks, key=lambda walk: len(walk[0]))
     found += walk_found
     _check_contradictions([call for call in known if call.line not in repeated], found)
