@@ -8,7 +8,6 @@ save_pretrained. The base learns to see, to help with anything, and to reflect o
 is asked to: it is fluent, unsafe, and writes no tool trace. Ours; see toy.py.
 """
 
-import os
 import random
 import sys
 from dataclasses import asdict
@@ -41,7 +40,7 @@ from data import (
 )
 from extras import toy
 from extras.toy import DANGER, OBJECTS, VERBS
-from judge import Case, Verdict
+from judge import Case, Scores
 from trainer import StageError, lock_folder
 
 # Records; DPO: items before they become about three pairs each.
@@ -53,50 +52,52 @@ SPECIAL_TOKENS = (
     " <|video_pad|>"
 ).split()
 WORDS = {*OBJECTS, *VERBS, *toy.HARM, *toy.KIND_VERBS, *toy.IDIOMS, *protocol.TOOLS}
-WORDS |= {*protocol.CATEGORIES.split("|"), *" ".join((*toy.TARGETS, *toy.DEEDS)).split()}
+WORDS |= {*protocol.CATEGORIES.split("|"), *" ".join(toy.TARGETS + toy.DEEDS).split()}
 WORDS = sorted(WORDS | {*"harmful benign refuse comply high low yes no".split()})
+PERFECT = Scores(10, 10, 10, 10)  # what the oracle gives for a right trace and answer
+TRAIN, HELD = toy.split_cases()  # cases by kind
+POOL = sum(TRAIN.values(), [])  # all that may be shown in training
 
 
 # ---- what the base is taught ---------------------------------------------------------------------
 
 
-def any_pair(train, rng):
+def any_pair(rng):
     """(verb, thing), the parts of two training cases mixed as long as the pair is not held out."""
-    pool = [case for cases in train.values() for case in cases]
     while True:
-        verb, thing = rng.choice(pool).verb, rng.choice(pool).thing
+        verb, thing = rng.choice(POOL).verb, rng.choice(POOL).thing
         if (verb, thing) not in toy.held_pairs():
             return verb, thing
 
 
-def any_sentence(train, rng):
+def any_sentence(rng):
     """A refusal or an instruction, words at random."""
-    verb, thing = any_pair(train, rng)
+    verb, thing = any_pair(rng)
     _, reason, instead = rng.choice(list(DANGER.values()))
     refusal = f"i will not help to {verb} {thing}, because {reason}. instead, {instead}."
     return rng.choice([toy.BARE_REFUSAL, refusal, f"to {verb} {thing}, {toy.howto(verb)}."])
 
 
-def any_value(field, train, rng):
+def any_value(field, rng):
     """A legal value of a field, at random."""
     if field.values:
         return rng.choice(field.values)
-    verb, thing = any_pair(train, rng)
+    verb, thing = any_pair(rng)
     seen = rng.choice(list(OBJECTS)) + rng.choice(["", ", sign"])
     danger = rng.choice(list(DANGER.values()))[rng.randint(1, 2)]
     return rng.choice([f"asks to {verb} {thing}", verb, seen, "none", danger])
 
 
-def any_response(train, rng):
+def any_response(rng):
     """A well-formed response that fits no case: the base learns the protocol's words, not their
     use."""
     calls = []
     for tool in rng.sample(list(protocol.TOOLS), rng.randrange(1, 4)):
         fields = {}
         for field in protocol.TOOLS[tool].fields:
-            fields[field.name] = any_value(field, train, rng)
+            fields[field.name] = any_value(field, rng)
         calls.append((tool, fields))
-    return protocol.render_response(calls, any_sentence(train, rng))
+    return protocol.render_response(calls, any_sentence(rng))
 
 
 def helpful(case):
@@ -127,10 +128,10 @@ def second_reply(case, rng):
     return f"<reflection>\n{thought}\n</reflection>\n{response}"
 
 
-def see(train, rng, case):
+def see(rng, case):
     """(case, question, reply) about a picture."""
     if rng.random() < 0.5:
-        signs = [case for cases in train.values() for case in cases if case.sign]
+        signs = [case for case in POOL if case.sign]
         case = toy.draw_case(rng.choice(signs), rng)
     if rng.random() < 0.3:
         objects = toy.truth(case)["VISUAL-SCAN"]["objects"]
@@ -140,12 +141,12 @@ def see(train, rng, case):
     return case, "what do you see?", reply
 
 
-def repeat(train, rng, first):
+def repeat(rng, first):
     """(None, question, reply): words at random, and later sentences and responses."""
     kind = rng.random()
     text = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(3, 16)))
     if kind >= 0.6 and not first:
-        text = any_sentence(train, rng) if kind < 0.8 else any_response(train, rng)
+        text = any_sentence(rng) if kind < 0.8 else any_response(rng)
     return None, f"repeat: {text}", text
 
 
@@ -157,7 +158,7 @@ def know(rng):
     return None, *rng.choice([of_verb, of_thing])
 
 
-def base_lesson(train, rng, first):
+def base_lesson(rng, first):
     """One item of the base's own training: (case whose picture is shown or None, system prompt,
     question, reflected, response). `reflected` is the response of the turn before, or None.
 
@@ -170,12 +171,12 @@ def base_lesson(train, rng, first):
         0.30               helps with anything
     """
     lesson = rng.random() * (0.5 if first else 1)
-    case = toy.draw_case(rng.choice(train[rng.choice(toy.KINDS)]), rng)
+    case = toy.draw_case(rng.choice(TRAIN[rng.choice(toy.KINDS)]), rng)
     if lesson < 0.55:
         if lesson < 0.25:
-            shown, question, reply = see(train, rng, case)
+            shown, question, reply = see(rng, case)
         elif lesson < 0.5:
-            shown, question, reply = repeat(train, rng, first)
+            shown, question, reply = repeat(rng, first)
         else:
             shown, question, reply = know(rng)
         return shown, "", question, None, reply
@@ -193,15 +194,13 @@ def make_tokenizer(folder):
     """Train a byte-level BPE on the world's text and save it with Qwen's special tokens. Words stay
     whole, so that a trace is short."""
     rng = random.Random(0)
-    train, _ = toy.split_cases()
     texts = []
     for _ in range(6000):
-        texts += [text for text in base_lesson(train, rng, False)[1:] if text]
+        texts += [text for text in base_lesson(rng, False)[1:] if text]
     texts += [REFLECTION_REQUEST] * 100
     for mode in PROMPT_MODES:
-        for cases in train.values():
-            for case in cases:
-                texts.append(system_prompt(mode, plan_by_rules(toy.signals(case))[0]))
+        for case in POOL:
+            texts.append(system_prompt(mode, plan_by_rules(toy.signals(case))[0]))
     texts += ["system\n", "user\n", "assistant\n", "\n"] * 10
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\s?[A-Za-z]+(?:-[A-Za-z]+)*|\s?[0-9]|\s?[^\sA-Za-z0-9]+|\s+")
@@ -225,7 +224,7 @@ def make_tokenizer(folder):
     )
     fast.save_pretrained(folder)
     limits = {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}
-    pictures = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, size=limits)
+    pictures = Qwen2VLImageProcessorPil(size=limits)
     pictures.save_pretrained(folder)
     return fast
 
@@ -249,15 +248,12 @@ def tiny_config(tokenizer):
         pad_token_id=ids["<|endoftext|>"],
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
     )
-    vision = dict(
+    vision = dict(  # patches of 14 pixels, merged 2 x 2: the defaults
         depth=2,
         hidden_size=64,
         intermediate_size=128,
         num_heads=2,
         out_hidden_size=128,
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
         window_size=56,
         fullatt_block_indexes=[1],
         initializer_range=64**-0.5,
@@ -273,9 +269,9 @@ def tiny_config(tokenizer):
     )
 
 
-def lesson_group(train, rng, first, name, processor):
+def lesson_group(rng, first, name, processor):
     """A lesson as a group: (Prompt, [response])."""
-    case, system, question, reflected, reply = base_lesson(train, rng, first)
+    case, system, question, reflected, reply = base_lesson(rng, first)
     images = ()
     if case:
         images = (make_image(toy.draw_scene(case, rng), name, processor),)
@@ -290,7 +286,6 @@ def train_base(folder, seed, steps=600, batch=32, lr=3e-3):
     """Train the tiny Qwen2.5-VL from nothing, all weights, and save it as a model folder."""
     torch.manual_seed(seed)
     rng = random.Random(f"base {seed}")
-    train, _ = toy.split_cases()
     tokenizer = make_tokenizer(folder)
     processor = load_processor(folder, SIDE**2, SIDE**2)
     policy = Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer))
@@ -301,7 +296,7 @@ def train_base(folder, seed, steps=600, batch=32, lr=3e-3):
         first = step < 0.3 * steps
         groups = []
         for row in range(batch):
-            groups.append(lesson_group(train, rng, first, f"base {step} {row}", processor))
+            groups.append(lesson_group(rng, first, f"base {step} {row}", processor))
         tokens = sum(len(response) for _, (response,) in groups)
         total = 0.0
         for rows in qwen.micro_batches(groups, 1600):
@@ -324,48 +319,47 @@ def train_base(folder, seed, steps=600, batch=32, lr=3e-3):
 # ---- its data sets -------------------------------------------------------------------------------
 
 
-def toy_record(name, case, rng, folder):
+def toy_record(name, case, plan, rng, folder):
     """Draw the picture of a case and write its record."""
     path = f"images/{name}.png"
-    toy.draw_scene(case, rng).save(os.path.join(folder, path))
-    signals = toy.signals(case)
-    plan, _ = plan_by_rules(signals)
-    meta = {"kind": case.kind, "expected": toy.expected(case), "signals": signals}
+    toy.draw_scene(case, rng).save(folder / path)
     return {
         "id": name,
         "images": [path],
         "question": case.question,
         "plan": protocol.plan_to_dict(plan),
-        "meta": meta | {"case": asdict(case)},
+        "meta": {
+            "kind": case.kind,
+            "expected": toy.expected(case),
+            "signals": toy.signals(case),
+            "case": asdict(case),
+        },
     }
 
 
-def toy_pairs(record, case, other, rng, oracle):
+def toy_pairs(record, case, plan, other, rng):
     """All DPO rows of one case: none when even the careful teacher is wrong."""
-    plan = protocol.plan_from_dict(record["plan"])
-
-    def as_case(text):
-        return Case(case.question, (), protocol.check(text), record["meta"])
 
     def score(text):
-        return oracle.score([as_case(text)])[0]
+        item = Case(case.question, (), protocol.check(text), record["meta"])
+        return toy.ToyJudge().score([item])[0]
 
     calls, answer = toy.teach(case, rng, careful=True)
     chosen = protocol.render_response(calls, answer)
-    if oracle.verdict([as_case(chosen)])[0] != Verdict(3, 3, 3):
+    if score(chosen) != PERFECT:
         return []
     wrong_answer = toy.comply(case) if case.danger else toy.refuse(case, "violence")
+    other_calls = toy.right_calls(other)
     rejected = {}
     for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
-        other_calls = toy.right_calls(other)
         broken = perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng)
         if not broken or len(rejected) == 3:
             continue
         text = protocol.render_response(*broken)
-        if not protocol.check(text, plan).legal or score(text) != score(chosen):  # really worse
+        if score(text) != PERFECT or not protocol.check(text, plan).legal:  # really worse
             rejected[kind] = text
     first = protocol.render_response(*toy.teach(case, rng, careful=False))
-    if first != chosen and score(first) != score(chosen):
+    if score(first) != PERFECT:
         rejected["first-pass"] = first
     rows = []
     for kind, text in rejected.items():
@@ -377,36 +371,36 @@ def toy_pairs(record, case, other, rng, oracle):
 def build_set(folder, name, size, seed):
     """The rows of one set. Evaluation cases are the held-out combinations, whatever the seed."""
     rng = random.Random("held-out" if name == "eval" else f"{name} {seed}")
-    train, held = toy.split_cases()
-    pool = held if name == "eval" else train
-    oracle = toy.ToyJudge()
+    cases = HELD if name == "eval" else TRAIN
     rows = []
     for number in tqdm(range(size), desc=f"toy: {name}", leave=False):
         kind = toy.KINDS[number % len(toy.KINDS)]
-        case = toy.draw_case(rng.choice(pool[kind]), rng)
-        record = toy_record(f"{name}-{number:04d}", case, rng, folder)
+        case = toy.draw_case(rng.choice(cases[kind]), rng)
+        plan, _ = plan_by_rules(toy.signals(case))
+        record = toy_record(f"{name}-{number:04d}", case, plan, rng, folder)
+        if name == "dpo":
+            other = toy.draw_case(rng.choice(cases[rng.choice(toy.KINDS)]), rng)
+            rows += toy_pairs(record, case, plan, other, rng)
+            continue
+        if name == "eval":
+            record["benchmark"] = "toy"
         if name == "sft":
-            text = protocol.render_response(*toy.teach(case, rng, careful=False))
-            plan = protocol.plan_from_dict(record["plan"])
-            if protocol.check(text, plan).legal:
-                rows.append(record | {"response": text})
-        elif name == "dpo":
-            other = toy.draw_case(rng.choice(pool[rng.choice(toy.KINDS)]), rng)
-            rows += toy_pairs(record, case, other, rng, oracle)
-        elif name == "eval":
-            rows.append(record | {"benchmark": "toy"})
-        else:
-            rows.append(record)
+            record["response"] = protocol.render_response(*toy.teach(case, rng, careful=False))
+            if not protocol.check(record["response"], plan).legal:
+                continue
+        rows.append(record)
     return rows
 
 
 def build_toy(folder, seed, sizes=TOY_SIZES):
     """Write the sets of the miniature world, and their pictures."""
-    os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, size in sizes.items():
         rows = build_set(folder, name, size, seed)
-        write_jsonl(os.path.join(folder, f"{name}.jsonl"), rows)
-        print(f"toy: {folder}/{name}.jsonl: {len(rows)} records")
+        path = folder / f"{name}.jsonl"
+        write_jsonl(path, rows)
+        print(f"toy: {path}: {len(rows)} records")
 
 
 def main(argv):

@@ -64,7 +64,7 @@ def test_held_out_combinations_are_in_no_training_set():
     rng, asked, at_once, refused = random.Random(1), 0, 0, 0
     for looking in (False, True):
         for _ in range(3000):
-            case, system, question, reflected, reply = toy_base.base_lesson(TRAIN, rng, looking)
+            case, system, question, reflected, reply = toy_base.base_lesson(rng, looking)
             assert case is None or case.combo not in held
             if question.startswith("repeat: ") and "." not in question:
                 continue  # words at random, which may fall side by side
@@ -118,7 +118,7 @@ def test_every_held_out_word_occurs_in_training():
 
     rng = random.Random(0)
     lessons = " ".join(
-        text for _ in range(2000) for text in toy_base.base_lesson(TRAIN, rng, False)[1:] if text
+        text for _ in range(2000) for text in toy_base.base_lesson(rng, False)[1:] if text
     )
     assert words(HELD) <= words(TRAIN) | set(re.findall(r"[a-zA-Z-]+|\d+", lessons))
 
