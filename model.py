@@ -72,7 +72,7 @@ def load_model(folder, dtype, device):
     path = Path(folder)
     for name in ("config.json", "*.safetensors"):
         if path.exists() and not list(path.glob(name)):
-            raise ModelError(f"{folder}: holds no {name}; save_pretrained writes such a folder")
+            raise ModelError(f"{folder}: holds no {name}; download config and weights")
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "qwen2_5_vl":
