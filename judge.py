@@ -277,7 +277,7 @@ def judge_messages(record, question, image_urls, response):
 # ---- the endpoint --------------------------------------------------------------------------------
 
 
-def judge_from_env(cache_dir, prefix="JUDGE", params=None):
+def judge_from_env(cache_dir, prefix="JUDGE", params=DEFAULT_PARAMS):
     """EndpointJudge from JUDGE_URL, JUDGE_MODEL, JUDGE_KEY and JUDGE_PARAMS (JSON, goes before
     `params`); prefix="TEACHER" reads TEACHER_URL and so on. Raises JudgeError: what is not set."""
     url, model, key, written = (
@@ -314,7 +314,7 @@ class EndpointJudge:
     model: str
     key: str = ""
     cache_dir: str | None = None
-    params: dict | None = None
+    params: dict = field(default_factory=DEFAULT_PARAMS.copy)
     threads: int = 32
     timeout: float = 120.0
     retries: int = 4
@@ -327,7 +327,6 @@ class EndpointJudge:
             raise JudgeError("the judge's key holds white space or characters outside ASCII")
         self.name = f"judge {self.model} at {self.url}"
         self.url = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.params = DEFAULT_PARAMS if self.params is None else self.params
         self.counts = Counter()  # answered, cached, retried: <reason>, failed: <reason>
         self.examples = {}  # reason -> its latest message
         self.failed_in_a_row = 0

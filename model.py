@@ -197,12 +197,12 @@ def adapters_off(model):
 
 @contextlib.contextmanager
 def cast_adapters(model):
-    """Inside the block A and B are cast and scaled once, not at every call: sampling calls
-    often."""
+    """Inside the block A and B are cast and scaled once, not at every call: sampling calls often.
+    For use without gradients."""
     layers = lora_layers(model).values()
     for layer in layers:
         dtype = layer.base.weight.dtype
-        layer.cast = (layer.A.detach() * layer.scale).to(dtype), layer.B.detach().to(dtype)
+        layer.cast = (layer.A * layer.scale).to(dtype), layer.B.to(dtype)
     try:
         yield
     finally:
@@ -458,6 +458,7 @@ def pack_groups(model, groups, features):
         positions.append(shown)
         images += [features[image.key] for image in prompt.images]
         last = len(ids) - 1  # the prompt's last row predicts the first token of each response
+        own = []
         for response in responses:
             if banned.intersection(response):
                 raise ValueError(f"a response holds one of the vision tokens {sorted(banned)}")
@@ -467,9 +468,9 @@ def pack_groups(model, groups, features):
             targets += response
             lengths.append(len(response))
             ids += fed
+            own.append(len(fed))
             positions.append(text_positions(following, len(fed)))
         shared = len(prompt.ids)
-        own = [len(response[:-1]) for response in responses]
         if len(own) == 1:  # prompt and response are one causal sequence
             shared += own.pop()
         sizes.append((shared, own))
