@@ -2,7 +2,7 @@
 
 A data set is a JSON-lines file, one record a line, images by path relative to the file. The
 released GRPO layout of SaFeR-ToolKit (a JSON list of {id, images, problem, answer}) is read too. A
-whole file is validated before anything trains: every problem is reported with its file, line and
+whole file is validated before anything trains: every problem is reported with its file, row and
 field.
 
 Three rules that other code bases learned the hard way:
@@ -58,7 +58,7 @@ class Record:
     plan: Plan | None = None
     meta: dict = field(default_factory=dict)
     texts: dict = field(default_factory=dict)  # of its set: response, or chosen, rejected, ...
-    where: str = ""  # file:line, for messages
+    where: str = ""  # file:row, for messages
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 transformers holds the weights and runs the vision tower. The language model's forward is written
 out here over those weights (`decoder_layer`, `run_layers`); training and sampling call the same
-functions, so a rollout's log-probabilities are the trainer's.
+layers with an attention of their own, and their log-probabilities agree up to rounding.
 
 A *group* is one prompt and its K responses. Groups are laid end to end without padding; each prompt
 is there once, and its responses follow, at positions that continue the prompt's:

@@ -98,7 +98,7 @@ class Rows:
     hidden: torch.Tensor  # (n, C) output at the last token: it predicts the next one
     tokens: torch.Tensor  # (n,) the last token
     lengths: torch.Tensor  # (n,) filled entries of the cache
-    positions: torch.Tensor  # (n,) rotary position of the last token
+    positions: torch.Tensor  # (n,) rotary position of the token that is fed next
     drawn: torch.Tensor  # (n,) how many tokens were drawn
     uniforms: torch.Tensor  # (n, T) random numbers
     owners: list  # per row: the Sample in it, or None

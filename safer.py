@@ -367,7 +367,7 @@ def update_policy(run, step, groups, features, on_policy=True):
     """The gradient of the GRPO loss over one update batch.
 
     Args: groups: this rank's Groups; on_policy: no update has come between sampling and this one.
-    `old` is what the sampler reported: no second pass is needed for it.
+    `old` is what the sampler reported; of a correction that was moved, what credit_prompt found.
     """
     config = run.config
     packs = by_context(groups)
