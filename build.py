@@ -13,15 +13,14 @@
 
 The planner (PAPERS 1.2) returns persona, tools and topology; its prompts and rules were not found,
 so both are ours, and so are the six kinds of perturbation: the paper says only that rejected
-responses inject errors of tool selection or tool execution. Every item's outcome is a row of
-work/items.jsonl; a second start skips what is there.
+responses inject errors of tool selection or tool execution. The outcome of an item that was planned
+is a row of work/items.jsonl; a second start skips what is there.
 """
 
 import json
 import os
 import random
 import re
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -30,7 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import protocol
-from config import ConfigError, fingerprint, guard, parse_config, write_text
+from config import ConfigError, fingerprint, guard, parse_config, run_command, write_text
 from data import (
     SETS,
     DataError,
@@ -76,7 +75,9 @@ why, and point to help."""
 # ---- the planner ---------------------------------------------------------------------------------
 
 HARMS = ("none", "words", "combined", "image-text")
-RULES = {  # what the case shows -> (in words, persona, topology, tools)
+# What the case shows -> (in words, persona, topology, tools). In a shield the tools behind the gate
+# are for a gate that does not refuse: a refusal ends at SAFETY-GATE.
+RULES = {
     "wrapper": (
         "a disguised request",
         "guardian",
@@ -524,10 +525,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ConfigError, DataError, StageError, JudgeError) as problem:
-        sys.exit(str(problem))
-    except KeyboardInterrupt:
-        print("build: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    run_command(main, DataError, StageError, JudgeError)

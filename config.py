@@ -42,8 +42,8 @@ class Config:
     model: str = ""
     """base model: a folder or hub name; empty: the one that extras/toy_base.py trains"""
     data: str = ""
-    """folder with sft.jsonl, dpo.jsonl, grpo.jsonl, eval.jsonl; empty: the toy world's, in the
-    run"""
+    """folder with sft.jsonl, dpo.jsonl, grpo.jsonl, eval.jsonl (-vlm: pool.jsonl, eval.jsonl);
+    empty: the toy world's, in the run"""
     out: str = ""
     """folder of the run; empty: out/<recipe>, with the flags that differ from it in its name"""
     seed: int = 0
@@ -339,8 +339,9 @@ def parse_config(argv):
     """Flags (`--name value` or `--name=value`) -> Config. Raises ConfigError."""
     values = vars(make_parser().parse_args(argv))
     recipe = values.get("recipe", "tiny")
-    if values.pop("method", "toolkit") == "vlm":
-        recipe = recipe.removesuffix("-vlm") + "-vlm"
+    if "method" in values:
+        form = "-vlm" if values.pop("method") == "vlm" else ""
+        recipe = recipe.removesuffix("-vlm") + form
     config = Config(**RECIPES[recipe] | values | {"recipe": recipe})
     problems = check_config(config)
     if problems:
@@ -462,7 +463,9 @@ def run_settings(config):
 
 def needed_settings(step):
     """Names of the settings that a step (sft, dpo, grpo, eval, qibox, build) depends on: a stage
-    on those before it, not on those after."""
+    on those before it, not on those after; step None on none."""
+    if step is None:
+        return set()
     if step in ("qibox", "build"):
         return QIBOX if step == "qibox" else BUILD
     names = {field.name for field in dataclasses.fields(Config)} | {"JUDGE_MODEL"}
@@ -501,8 +504,8 @@ def guard(folder, config, step, inputs, write=True):
                 changed.append(f"{name} was {was[name]!r}, is {value!r}")
         if changed:
             raise ConfigError(
-                f"{folder} holds a {step} run with other settings or inputs: {'; '.join(changed)};"
-                " put back what was there, choose another --out, or delete that folder"
+                f"{folder} was begun with other settings or inputs: {'; '.join(changed)}; "
+                "put back what was there, choose another --out, or delete that folder"
             )
     if write:
         found = found or {"settings": settings, "inputs": {}} | versions()
@@ -521,6 +524,18 @@ def versions():
     }
 
 
+def run_command(main, *errors):
+    """How every program here ends: a ConfigError, OSError or one of `errors` is told in a sentence,
+    exit status 1; Ctrl-C is 130, as shells count, so that no later command starts."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (OSError, ConfigError, *errors) as problem:
+        sys.exit(str(problem))
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).stem}: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
 def main(argv):
     """Print the settings that the flags give, or with --get NAME one of them."""
     if "--help" in argv:
@@ -535,7 +550,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ConfigError as problem:
-        sys.exit(str(problem))
+    run_command(main)

@@ -112,11 +112,17 @@ def load_processor(folder, min_pixels, max_pixels):
 # ---- lines of JSON -------------------------------------------------------------------------------
 
 
-def read_jsonl(path):
-    """All rows of a JSON-lines file: a list of dicts. Raises DataError with every bad line."""
+def read_jsonl(path, growing=False):
+    """All rows of a JSON-lines file: a list of dicts. Raises DataError with every bad line.
+
+    growing: somebody may be writing the last line; without its end it is left out.
+    """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        if growing:
+            content = content[: content.rfind(b"\n") + 1]
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; expected JSON lines") from None
     except UnicodeDecodeError as error:
@@ -128,6 +134,7 @@ def read_jsonl(path):
             continue
         try:
             rows.append(json.loads(line))
+            json_lines(rows[-1:]).encode()  # an error where half a character is in a text
             if not isinstance(rows[-1], dict):
                 problems.append(f"{path}:{number}: expected an object, got {line[:60]}")
         except (ValueError, RecursionError) as error:  # RecursionError: nesting without end

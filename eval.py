@@ -17,7 +17,6 @@ counted.
 import json
 import os
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model as qwen
-from config import ConfigError, guard, parse_config, write_text
+from config import ConfigError, guard, parse_config, run_command, write_text
 from data import (
     DataError,
     append_jsonl,
@@ -45,7 +44,6 @@ from protocol import plan_to_dict
 from rollout import respond
 from trainer import (
     StageError,
-    adapter_fingerprint,
     adapter_path,
     join_ranks,
     load_policy,
@@ -53,7 +51,7 @@ from trainer import (
     make_judge,
     merge_stages,
     pick_device,
-    weights_fingerprint,
+    stage_inputs,
 )
 
 BATCH = 256  # prompts of each rank that are answered, judged and written together
@@ -381,7 +379,6 @@ def evaluate(config):
             print(f"eval: {stage} is not finished; its row is missing")
             break
         stages.append(stage)
-        inputs[f"{stage} adapter"] = adapter_fingerprint(path)
 
     folder = Path(config.out) / "eval"
     modes = config.eval_prompts.split(",")
@@ -394,8 +391,9 @@ def evaluate(config):
         lock_folder(folder)
     model, processor = load_policy(config, [], device)
     check_lengths(records, modes, processor, config.max_prompt, config.max_response)
+    inputs |= stage_inputs(config, model, stages[1:])
     if rank == 0:
-        guard(folder, config, "eval", inputs | {"base": weights_fingerprint(model)})
+        guard(folder, config, "eval", inputs)
     if world > 1:
         dist.barrier()  # nobody reads rows before they are known to be of this run
     results = []
@@ -433,10 +431,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ConfigError, DataError, StageError, qwen.ModelError, JudgeError) as problem:
-        sys.exit(str(problem))
-    except KeyboardInterrupt:
-        print("eval: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    run_command(main, DataError, StageError, qwen.ModelError, JudgeError)

@@ -9,8 +9,8 @@
     Papers: Scores PAPERS 1.6, Verdict 1.7, Grades 2.4.
 
 A judge is any object with these three methods, each list of cases -> list of records or None in
-order, and a Counter `counts`. The rubrics are in our words; SaFeR-VLM publishes no list of
-criteria, so that one is ours. Departures: where its judge fails the released code scores 1 or 5;
+order, and a Counter `counts`; an endpoint can also preflight and chat. The rubrics are in our
+words; SaFeR-VLM publishes no list of criteria, so that one is ours. Departures: where its judge fails the released code scores 1 or 5;
 here such a case is None and counted. The released prompt opens by saying that the case is risky,
 also for benign ones; ours says that it may or may not be. No torch in this file.
 """

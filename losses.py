@@ -86,7 +86,8 @@ def group_advantages(rewards, use_std, eps=1e-6):
 def denominators(lengths):
     """What each mean of grpo_loss divides by.
 
-    Args: lengths: of every response of the global batch, over all micro-batches and ranks.
+    Args: lengths: of every response of the global batch, over all micro-batches and ranks. The
+    constant length of "constant" divides inside grpo_loss.
     """
     return {"token": sum(lengths), "sequence": len(lengths), "constant": len(lengths)}
 

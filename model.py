@@ -471,7 +471,7 @@ def pack_groups(model, groups, features):
             own.append(len(fed))
             positions.append(text_positions(following, len(fed)))
         shared = len(prompt.ids)
-        if len(own) == 1:  # prompt and response are one causal sequence
+        if len(own) == 1:  # one causal sequence with its prompt: plain attention does
             shared += own.pop()
         sizes.append((shared, own))
     as_tensor = partial(torch.tensor, dtype=torch.long, device=model.device)

@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import os
 import random
-import sys
 import unicodedata
 from collections import Counter
 from functools import cache
@@ -31,7 +30,7 @@ import PIL.Image
 from tqdm import tqdm
 
 import model as qwen
-from config import ConfigError, guard, parse_config, write_text
+from config import guard, parse_config, run_command, write_text
 from data import (
     DataError,
     append_jsonl,
@@ -78,7 +77,8 @@ def instability(scores):
 
         U^2 = variance of the models' means + mean variance of a model's repeats
 
-    Ours (law of total variance); PAPERS 2.2 (S3) mentions both disagreement of models and
+    With one model, as in run.sh, U is the spread of its repeats. Ours (law of total variance);
+    PAPERS 2.2 (S3) mentions both disagreement of models and
     instability of one model. scores: as in quality.
     """
     across = np.var([np.mean(row) for row in scores.values()])
@@ -189,18 +189,19 @@ def score(config, folder, pool):
     print(f"qibox: {path}: {len(records)} records scored; judge {dict(judge.counts)}")
 
 
-def read_scores(folder, size):
+def read_scores(folder, pool):
     """({id: {model: [score]}}, how many answers have none) of all scores-*.jsonl.
 
-    Raises DataError where there is none, and where one has not all `size` records of the pool.
+    Raises DataError where there is none, and where one is not of exactly the pool's records.
     """
     command = "run `python qibox.py score` with the same flags"
+    ids = sorted(record.id for record in pool)
     scores = {}
     lost = 0
     for path in sorted(folder.glob("scores-*.jsonl")):
         rows = read_jsonl(path)
-        if len(rows) < size:
-            raise DataError(f"{path} has {len(rows)} of {size} records: {command}")
+        if sorted(row["id"] for row in rows) != ids:
+            raise DataError(f"{path} has {len(rows)} of {len(pool)} records: {command}")
         for row in rows:
             given = [value for value in row["scores"] if value is not None]
             lost += len(row["scores"]) - len(given)
@@ -303,7 +304,7 @@ def draw_box(config, folder, pool, held_out):
     have been scored."""
     inputs = {"pool": records_fingerprint(pool), "held out": records_fingerprint(held_out)}
     guard(folder, config, "qibox", inputs)
-    scores, lost = read_scores(folder, len(pool))
+    scores, lost = read_scores(folder, pool)
     rows, bounds = curate(pool, find_copies(pool, held_out), scores, config)
     table = status_table(rows, bounds, lost)
     write_text(folder / "table.md", table)
@@ -334,10 +335,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ConfigError, DataError, StageError, qwen.ModelError, JudgeError) as problem:
-        sys.exit(str(problem))
-    except KeyboardInterrupt:
-        print("qibox: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    run_command(main, DataError, StageError, qwen.ModelError, JudgeError)

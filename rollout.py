@@ -292,6 +292,7 @@ def sample(
             alive = [row for row, owner in enumerate(rows.owners) if owner]
             if not fixed and len(alive) <= 0.75 * len(rows.owners):  # those that ended leave
                 rows = keep_rows(rows, alive)
+            # hidden predicts the token that choose draws; step feeds it
             tokens, logprobs = choose(model, rows, banned, temperature)
             longest = 1 + rows.lengths.max().item()
             ended = record(rows, tokens, logprobs, end_of_turn)

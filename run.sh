@@ -78,8 +78,8 @@ if [ -z "${SAFER_PYTHON:-}" ]; then
     # what needs no package to be seen is reported before gigabytes are fetched
     if [ -n "$real" ] && [ "$(setting dry_run)" = 0 ]; then
       if [ -z "$(setting data)" ]; then
-        stop "$recipe needs data: DATA=folder bash run.sh $recipe, with sft.jsonl, dpo.jsonl,\
- grpo.jsonl and eval.jsonl; python build.py makes them from raw.jsonl (docs/training.md)"
+        stop "$recipe needs data: DATA=folder bash run.sh $recipe, with the data sets that\
+ docs/training.md lists; python build.py makes those of SaFeR-ToolKit from raw.jsonl"
       fi
       if [[ $(setting judge) == endpoint && ( -z ${JUDGE_URL:-} || -z ${JUDGE_MODEL:-} ) ]]; then
         stop "GRPO and the evaluation ask a judge: set JUDGE_URL and JUDGE_MODEL\

@@ -1,7 +1,7 @@
 """The training stages of both papers, one plain loop each: SFT -> DPO -> GRPO, or GRPO alone
 (settings: PAPERS 1.5, 2.5).
 
-    python safer.py sft  --recipe tiny        cross-entropy on planned responses
+    python safer.py sft  --recipe tiny        cross-entropy on responses written under a plan
     python safer.py dpo  --recipe tiny        sigmoid loss on (good, perturbed) responses
     python safer.py grpo --recipe tiny        K samples per prompt, rewarded for answer and trace
     torchrun --nproc_per_node 8 safer.py grpo --recipe 3b
@@ -21,7 +21,6 @@ Departures from the papers: LoRA, and a frozen vision tower (the released GRPO t
 
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import losses
-from config import STAGES, ConfigError, guard, parse_config
+from config import STAGES, ConfigError, guard, parse_config, run_command
 from data import DataError, Record, encode_response, prompt_mode, read_records
 from data import record_prompt, set_path, shown_plan
 from judge import Case, JudgeError, answer_form
@@ -69,7 +68,8 @@ def in_micro_batches(run, groups, beside):
 
 
 def train_sft(run, records):
-    """Cross-entropy on response tokens: losses.sft_loss over the tokens of the whole batch."""
+    """Cross-entropy on response tokens: losses.sft_loss over the tokens of the whole batch. In this
+    stage and the others steps_of saves: checkpoints between steps, the adapter after the last."""
     steps = stage_steps(run.config, "sft", len(records))
     for step in steps_of(run, steps):
         ids, groups, features = tokenized_batch(run, records, step, ["response"])
@@ -79,7 +79,7 @@ def train_sft(run, records):
             loss = losses.sft_loss(logprobs, mask, tokens)
             loss.backward()
             check_finite(run, loss, names)
-            add(run, loss=(loss.item() * tokens, mask.sum()))
+            add(run, loss=(loss.item() * tokens, mask.sum()))  # write_metrics divides, once
         optimizer_step(run, step, steps)
         write_metrics(run, step, tokens=tokens)
 
@@ -194,14 +194,15 @@ def roll_out(run, judge, items, step):
     add(run, seconds_sampling=(0, 1), seconds_judging=(0, 1))  # so they are means over ranks
     for group in groups:
         measure_group(run, group)
-        reward_group(run, group)
+        reward_group(run, group)  # sets reward and advantage of its trajectories
     if config.credit == "prompt":
         credit_prompt(run, groups, features)
     return groups, features
 
 
 def count_sampling(run, sampled, seconds):
-    """Speed and time of sampling. All ranks sample at once, so their time is not added up."""
+    """Speed and time of sampling. All ranks sample at once, so their time is not added up;
+    roll_out adds the denominator of the seconds, once however often they are counted."""
     tokens = sum(len(item.tokens) for item in sampled)
     add(run, seconds_sampling=(seconds, 0), sampled_per_second=(tokens, seconds / run.world))
 
@@ -258,7 +259,7 @@ def reflect(run, judge, pairs, features):
 def measure_group(run, group):
     """What the metrics say of a group: of all trajectories, of first responses, of corrections."""
     structured = run.config.reward == "structured"
-    corrected = [first_of(item) for item in group.trajectories if item.corrects]
+    reflected_on = [first_of(item) for item in group.trajectories if item.corrects]
     first = [item for item in group.trajectories if item.corrects is None]
     add(run, distinct=(len({tuple(item.tokens) for item in first}), len(first)))
     for item in group.trajectories:
@@ -271,7 +272,7 @@ def measure_group(run, group):
             continue
         add(run, legal=(item.check.legal, 1), calls=(len(item.check.calls), 1))
         if structured:
-            add(run, unsafe=(graded and not safe, graded), corrected=(item in corrected, 1))
+            add(run, unsafe=(graded and not safe, graded), corrected=(item in reflected_on, 1))
 
 
 def reward_group(run, group):
@@ -282,7 +283,8 @@ def reward_group(run, group):
     (PAPERS 2.4: corrections are in the group; who else is was not found).
     """
     config = run.config
-    corrected = [item.corrects for item in group.trajectories if item.grades is not None]
+    scored = [item for item in group.trajectories if item.grades is not None]
+    corrected = [item.corrects for item in scored]
     rewards = []
     for item in group.trajectories:
         discard = config.rollout == "discard" and is_unsafe(item)
@@ -471,7 +473,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ConfigError, DataError, StageError, ModelError, JudgeError) as problem:
-        sys.exit(str(problem))
+    run_command(main, DataError, StageError, ModelError, JudgeError)

@@ -114,6 +114,7 @@ def load_policy(config, stages, device):
     """The base model with the adapters of finished `stages` merged into it, and its processor."""
     processor = data.load_processor(base_folder(config), config.min_pixels, config.max_pixels)
     policy = model.load_model(base_folder(config), getattr(torch, config.dtype), device)
+    stage_inputs(config, policy, stages)
     merge_stages(config, policy, stages)
     return policy, processor
 
@@ -121,11 +122,24 @@ def load_policy(config, stages, device):
 def merge_stages(config, policy, stages):
     """Merge the adapters of finished stages into a base model, one after the other."""
     for stage in stages:
+        model.load_adapter(policy, adapter_path(config, stage))
+        model.merge_lora(policy)
+
+
+def stage_inputs(config, policy, stages):
+    """{name: fingerprint} of the base, `policy` with nothing merged, and the adapters of `stages`.
+
+    Raises StageError where one is not finished, ConfigError where one was trained on another base
+    or other adapters than these: on those it would be another model, and nothing would show it.
+    """
+    inputs = {"base": weights_fingerprint(policy)}
+    for stage in stages:
         path = adapter_path(config, stage)
         if not path.exists():
             raise StageError(f"{path} is missing: run `python safer.py {stage}` first")
-        model.load_adapter(policy, path)
-        model.merge_lora(policy)
+        guard(path.parent, config, None, inputs, write=False)
+        inputs[f"{stage} adapter"] = adapter_fingerprint(path)
+    return inputs
 
 
 def weights_fingerprint(policy):
@@ -198,12 +212,12 @@ def open_run(config, stage, records):
     modes = getattr(config, f"{stage}_prompts").split(",")
     limits = (config.max_prompt, config.max_response)
     longest, mean_image, max_image = data.check_lengths(records, modes, processor, *limits)
-    inputs = {"base": weights_fingerprint(policy), "records": data.records_fingerprint(records)}
     stages = config.stages.split(",")
     before = stages[: stages.index(stage)]
+    inputs = stage_inputs(config, policy, before)  # before merging: of the bare base
+    inputs["records"] = data.records_fingerprint(records)
     merge_stages(config, policy, before)
-    for name in before:
-        inputs[f"{name} adapter"] = adapter_fingerprint(adapter_path(config, name))
+    # from here on, LoRA off is the model before this stage: the reference
     guard(folder, config, stage, inputs, write=rank == 0)  # all ranks leave, or none
     model.attach_lora(policy, config.lora_r, config.lora_alpha, config.seed)
     parameters = model.lora_parameters(policy)
@@ -284,7 +298,8 @@ def load_checkpoint(run):
         report(run, f"{run.stage}: going on after step {run.first_step}")
     for name in LOGS:
         if run.rank == 0 and (run.folder / name).exists():
-            os.truncate(run.folder / name, sizes.get(name, 0))
+            path = run.folder / name
+            os.truncate(path, min(path.stat().st_size, sizes.get(name, 0)))
 
 
 # ---- metrics, ranks ------------------------------------------------------------------------------

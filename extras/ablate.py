@@ -27,7 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import protocol
-from config import write_text, write_whole
+from config import run_command, write_text, write_whole
 from data import markdown_table, read_jsonl, write_jsonl
 from eval import SHOWN, mean_and_spread, read_results
 from extras import toy
@@ -289,9 +289,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, StageError, ValueError) as problem:
-        sys.exit(str(problem))
-    except KeyboardInterrupt:
-        sys.exit("\nablate: stopped; the same command goes on")
+    run_command(main, StageError, ValueError)

@@ -41,7 +41,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import losses
 import model as qwen
 import safer
-from config import Config
+from config import Config, run_command
 from data import Image, Prompt, Record, markdown_table
 from extras import toy_base
 from extras.preflight import SHAPES, shape_config
@@ -386,7 +386,7 @@ def numbers(text):
     return [int(part) for part in text.split(",")]
 
 
-def main(argv=None):
+def main(argv):
     """Race the sides over all lengths that are asked for; prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SHAPES, default="small")
@@ -415,4 +415,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

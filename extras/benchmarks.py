@@ -20,13 +20,12 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from build import plan_by_rules
-from config import write_whole
+from config import run_command, write_whole
 from data import DataError, Record, image_fault, read_jsonl, write_jsonl
 from extras.benchmark_metrics import (  # noqa: F401  (eval.py imports this module alone)
     QUESTIONS,
@@ -628,7 +627,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, DataError) as problem:
-        sys.exit(str(problem))
+    run_command(main, DataError)

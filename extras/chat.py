@@ -8,12 +8,11 @@ Every question is a conversation of its own, since that is what was trained. Ctr
 
 import argparse
 import os
-import sys
 
 import model as qwen
 import protocol
+from config import run_command
 from data import (
-    DataError,
     Record,
     decode_response,
     read_records,
@@ -73,7 +72,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, IndexError, ValueError, DataError, StageError, qwen.ModelError) as problem:
-        sys.exit(str(problem))
+    run_command(main, IndexError, ValueError, StageError, qwen.ModelError)

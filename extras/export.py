@@ -20,7 +20,6 @@ files; its pixel limits and its dtype are the run's.
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import PIL.Image
@@ -32,10 +31,19 @@ from transformers.utils import cached_file
 
 import data
 import model as qwen
-from model import TARGETS, ModelError
+from config import run_command
 from eval import SHOWN, percent, read_results
-from trainer import StageError, adapter_path, base_folder, load_policy, lock_folder, pick_device
-from trainer import read_run
+from model import TARGETS, ModelError
+from trainer import (
+    StageError,
+    adapter_path,
+    base_folder,
+    load_policy,
+    lock_folder,
+    pick_device,
+    read_run,
+    stage_inputs,
+)
 
 # Whole names, by a pattern: a list of the last words would also name the maps of the vision tower.
 LINEAR_MAPS = "|".join(TARGETS).replace(".", r"\.")
@@ -291,12 +299,18 @@ def export_run(folder, target):
     if target.exists() and any(target.iterdir()):
         raise StageError(f"{target}: is not empty; name a new folder")
     part = target.with_name(target.name + ".part")
-    if part.exists():
-        print(f"export: {part} was left by an interrupted export and is written anew")
-        shutil.rmtree(part)
+    left = part.exists()
+    if left and not (part / "lock").exists():
+        raise StageError(f"{part}: is no export's; move it, or name another folder")
     lock_folder(part)
+    if left:
+        print(f"export: {part} was left by an interrupted export and is written anew")
+    for rest in part.iterdir():
+        if rest.is_dir():
+            shutil.rmtree(rest)
     device = pick_device(config)
     model, processor = load_policy(config, [], device)
+    stage_inputs(config, model, stages)
     adapters = []
     for stage in stages:
         path = adapter_path(config, stage)
@@ -333,9 +347,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, SafetensorError, data.DataError, StageError, ModelError) as problem:
-        sys.exit(str(problem))
-    except KeyboardInterrupt:
-        sys.exit("export: stopped; nothing was exported; the same command begins anew")
+    run_command(main, SafetensorError, data.DataError, StageError, ModelError)

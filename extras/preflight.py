@@ -16,8 +16,9 @@ import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import data
-from config import STAGES, ConfigError, parse_config
+from config import STAGES, parse_config, run_command
 from extras import toy_base
+from extras.benchmarks import BENCHMARKS
 from judge import JudgeError, judge_from_env
 from trainer import base_folder, stage_steps
 
@@ -207,19 +208,23 @@ def check_model(config):
 
 def check_data(config):
     """Also {stage: records}. Every data set that the run reads is validated whole."""
+    sets = {stage: stage for stage in [*config.stages.split(","), "eval"]}
+    if config.curate != "none":
+        sets["grpo"] = "pool"
     if not config.data and config.model:
-        wanted = "sft.jsonl, dpo.jsonl, grpo.jsonl and eval.jsonl"
-        return "none", [f"no data: DATA=folder (or --data) with {wanted}; build.py makes them"], {}
+        wanted = ", ".join(f"{name}.jsonl" for name in sets.values())
+        return "none", [f"no data: DATA=folder (or --data) with {wanted}"], {}
     folder = Path(config.data or os.path.join(config.out, "data"))
     if not config.data and not folder.exists():
         return f"{folder}: extras/toy_base.py writes it", [], {}
     counts = {}
     problems = []
-    for stage in [*config.stages.split(","), "eval"]:
-        name = "pool" if stage == "grpo" and config.curate != "none" else stage
+    for stage, name in sets.items():
         path = data.set_path(folder, name)
         if not path.exists():
-            if stage != "eval" or not config.benchmarks:
+            if name == "pool":
+                problems.append(f"{path} is missing: prompts of your own, as in grpo.jsonl")
+            elif stage != "eval" or not config.benchmarks:
                 problems.append(f"{path} is missing: build.py makes it from {folder}/raw.jsonl")
             continue
         try:
@@ -227,7 +232,9 @@ def check_data(config):
         except data.DataError as error:
             problems.append(str(error))
     for name in filter(None, config.benchmarks.split(",")):
-        if not os.path.isdir(os.path.join(config.bench_data, name)):
+        if name not in BENCHMARKS:
+            problems.append(f"benchmark: {name} is none of {', '.join(BENCHMARKS)}")
+        elif not os.path.isdir(os.path.join(config.bench_data, name)):
             problems.append(f"benchmark: no folder {config.bench_data}/{name}")
     return f"{folder}: {counts}", problems, counts
 
@@ -278,8 +285,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (OSError, ConfigError) as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

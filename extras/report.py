@@ -17,7 +17,6 @@ import io
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -25,7 +24,7 @@ from string import Template
 import PIL.Image
 
 import protocol
-from config import write_text
+from config import run_command, write_text
 from data import DataError, draw_plan, read_jsonl
 from eval import percent
 
@@ -78,11 +77,11 @@ def read_run(folder):
             run.commit = found["commit"]
         path = folder / stage / "metrics.jsonl"
         if path.exists():
-            run.metrics[stage] = read_jsonl(path)
+            run.metrics[stage] = read_jsonl(path, growing=True)
         for path in sorted(folder.glob(f"eval/{stage}-*.jsonl")):
             mode = path.name.removeprefix(f"{stage}-").split(".")[0]
             rows = run.answers.setdefault((stage, mode), {})
-            rows.update((row["id"], row) for row in read_jsonl(path))
+            rows.update((row["id"], row) for row in read_jsonl(path, growing=True))
     if (folder / "results.json").exists():
         run.results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     path = folder / "grpo" / "samples.txt"
@@ -447,12 +446,13 @@ def main(argv):
         raise DataError("usage: python -m extras.report RUN ..., a run folder like out/tiny")
     for folder in argv:
         path = Path(folder) / "report.html"
-        write_text(path, page(read_run(folder)))
+        try:
+            write_text(path, page(read_run(folder)))
+        except (LookupError, TypeError, AttributeError) as error:
+            message = f"{folder}: {error!r}; was the run written by this version?"
+            raise DataError(message) from error
         print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        sys.exit(f"report: {problem}; was the run written by this version?")
+    run_command(main, ValueError)

@@ -9,7 +9,6 @@ is asked to: it is fluent, unsafe, and writes no tool trace. Ours; see toy.py.
 """
 
 import random
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import losses
 import model as qwen
 import protocol
 from build import PERTURBATIONS, perturb, plan_by_rules
-from config import PROMPT_MODES, ConfigError, parse_config
+from config import PROMPT_MODES, parse_config, run_command
 from data import (
     REFLECTION_REQUEST,
     continue_prompt,
@@ -312,7 +311,11 @@ def train_base(folder, seed, steps=600, batch=32, lr=3e-3):
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{total:.3f}")
-    policy.save_pretrained(folder)
+    part = Path(folder) / "part"
+    policy.save_pretrained(part)
+    for path in sorted(part.iterdir()):  # model.safetensors last: where it is, all is there
+        path.replace(part.parent / path.name)
+    part.rmdir()
     return policy
 
 
@@ -407,10 +410,10 @@ def main(argv):
     """Write the data sets and train the base; what is there already is left alone."""
     config = parse_config(argv)
     folder = Path(config.out) / "data"
+    lock_folder(folder)  # one program at a time, also while the base trains
     if (folder / "eval.jsonl").exists():  # written last
         print(f"toy: {folder} is there already")
     else:
-        lock_folder(folder)
         sizes = TOY_VLM_SIZES if config.recipe.endswith("-vlm") else TOY_SIZES
         build_toy(folder, config.seed, sizes)
     folder = Path(config.out) / "base"
@@ -421,7 +424,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ConfigError, StageError) as problem:
-        sys.exit(str(problem))
+    run_command(main, StageError)

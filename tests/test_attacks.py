@@ -139,9 +139,7 @@ add(
 kind = "empty or filler values"
 for filler in ("", "...", "n/a", "x", "text", "-", "\u200b"):
     add(kind, (f"text fields are {filler!a}", raw(texts(BENIGN, filler))))
-grammar = [
-    (name, {field.name: field.wanted for field in TOOLS[name].fields}) for name, _ in BENIGN
-]
+grammar = [(name, {field.name: field.wanted for field in TOOLS[name].fields}) for name, _ in BENIGN]
 add(
     kind,
     ("text fields are none", raw(texts(PAIR, "none"), WATER), "pair"),

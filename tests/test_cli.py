@@ -40,9 +40,7 @@ FLAGS = (
     "--max_steps 1 --sft_batch 4 --dpo_batch 4 --grpo_batch 4 --grpo_update_batch 4 --grpo_k 2"
     " --device cpu --eval_prompts generic --rollout_rows 4".split()
 )
-VLM = (
-    "--recipe tiny-vlm --qi_samples 2 --max_response 8 --device cpu --rollout_rows 140".split()
-)
+VLM = "--recipe tiny-vlm --qi_samples 2 --max_response 8 --device cpu --rollout_rows 140".split()
 RECORD = {
     "id": "a",
     "images": ["i.png"],

@@ -30,6 +30,13 @@ def test_flags_that_argparse_refuses():
     assert "invalid choice: '4b'" in refused("--recipe", "4b")
 
 
+def test_method_is_the_recipes_form():
+    """Guards: a method that the recipe's name overrules unseen."""
+    for recipe, method, form in (("tiny", "vlm", "tiny-vlm"), ("3b-vlm", "toolkit", "3b")):
+        config = parse_config(["--recipe", recipe, "--method", method, "--out", "x"])
+        assert config == parse_config(["--recipe", form, "--out", "x"]) and config.recipe == form
+
+
 def test_all_bad_values_are_reported_at_once():
     """Guards: one mistake a start, found one after the other."""
     bad = {

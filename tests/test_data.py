@@ -88,6 +88,7 @@ def test_faults_are_reported_together(tmp_path):
     "content, message",
     [
         (b"", "no records"),
+        (rb'{"id": "a", "question": "half a sign \ud83d"}', "surrogates not allowed"),
         (b"\xff\xfe", "not UTF-8 at byte 0"),
         (b'{}\n{"a": \n[1]\n' + b'{"a":' * 100_000, "(?s):2: not JSON.*:3: expected an .*:4: not"),
         (None, "no such file"),
@@ -158,6 +159,10 @@ def test_a_half_last_line_is_cut(tmp_path):
         assert data.resume_jsonl(path) == [{"id": 1}, {"id": 2}]
     data.append_jsonl(path, [{"id": 4}])
     assert data.resume_jsonl(path) == data.read_jsonl(path) == [{"id": 1}, {"id": 2}, {"id": 4}]
+    path.write_bytes('{"id": 1}\n{"a": "é'.encode()[:-1])
+    assert data.read_jsonl(path, growing=True) == [{"id": 1}]  # a reader beside the writer
+    with pytest.raises(data.DataError, match="not UTF-8"):
+        data.read_jsonl(path)
     path.write_bytes(b'{"id": 1')
     assert data.resume_jsonl(path) == [] and path.read_bytes() == b""
 

@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import build  # noqa: E402
 import data  # noqa: E402
-import eval as evaluation  # noqa: E402
 import judge  # noqa: E402
 import losses  # noqa: E402
 import protocol  # noqa: E402

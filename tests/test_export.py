@@ -236,6 +236,11 @@ def test_what_is_refused_at_export(run_folder, exported, tmp_path, monkeypatch, 
     another prompt, remains of a try."""
     with pytest.raises(StageError, match="is not empty"):
         export.main([str(run_folder), "--to", str(exported)])
+    (tmp_path / "mine.part").mkdir()
+    (tmp_path / "mine.part" / "work.txt").write_text("mine")
+    with pytest.raises(StageError, match="mine.part: is no export's"):
+        export.main([str(run_folder), "--to", str(tmp_path / "mine")])
+    assert (tmp_path / "mine.part" / "work.txt").read_text() == "mine"
     with pytest.raises(StageError, match="no finished stage"):
         export.main([str(tmp_path), "--to", str(tmp_path / "out")])
     with pytest.raises(StageError, match="no finished grpo .finished: sft, dpo"):

@@ -359,6 +359,10 @@ def test_what_is_refused(start, tmp_path, capsys):
     for name, flags in (changes | {"held out": []}).items():
         with pytest.raises(ConfigError, match=rf"other settings or inputs: .*{name} was"):
             start("box", *flags, *(["--against", str(more)] if flags else []))
+    rows = data.read_jsonl(folder / "scores-base.jsonl")
+    data.write_jsonl(folder / "scores-base.jsonl", [*rows[:-1], rows[0]])  # as many, not the same
+    with pytest.raises(data.DataError, match="scores-base.jsonl has"):
+        start("box", "--against", str(more))
     settings = json.loads((folder / "config.json").read_text())
     settings["inputs"]["weights of base"] = "others"
     (folder / "config.json").write_text(json.dumps(settings))

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -498,6 +499,10 @@ def test_inputs_that_changed(survived, tmp_path):
     changed("records", run / "data" / "dpo.jsonl")
     changed("base", run / "base" / "model.safetensors")
     changed("sft adapter", run / "sft" / "adapter.safetensors")
+    (run / "dpo").rename(run / "kept")
+    changed("base", run / "base" / "model.safetensors")  # DPO has not begun, SFT had another one
+    shutil.rmtree(run / "dpo")
+    (run / "kept").rename(run / "dpo")
     (run / "dpo" / "checkpoint.safetensors").write_bytes(b"damaged")
     with pytest.raises(trainer.StageError, match="cannot be read as a checkpoint"):
         safer.main(words)

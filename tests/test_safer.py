@@ -152,6 +152,23 @@ def test_resume_equals_not_stopping(run_folder, monkeypatch, name):
     assert [row["loss"] for row in again] == [row["loss"] for row in rows]
 
 
+def test_a_log_that_was_shortened(run_folder):
+    """Guards: a resume that makes the log as long as it was, with zeros."""
+    records = safer.read_records(run_folder / "data" / "sft.jsonl", "sft")
+    config = parse_config(["--out", str(run_folder), *FLAGS, "--stages", "sft"])
+    run = trainer.open_run(config, "sft", records)
+    log = run.folder / "metrics.jsonl"
+    log.write_text('{"step": 0}\n{"step": 1}\n')
+    for parameter in run.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    run.optimizer.step()  # gives the state that a checkpoint holds
+    trainer.save_checkpoint(run, 2)
+    for text, kept in (('{"step": 0}\n', '{"step": 0}\n'), ("x" * 50, "x" * 24)):
+        log.write_text(text)
+        trainer.load_checkpoint(run)
+        assert log.read_text() == kept
+
+
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
 def test_memory_settings_change_nothing(run_folder, name):
     """Micro-batches and checkpointing are about memory and time: the loss curve stays."""
