@@ -42,11 +42,11 @@ from data import (
 )
 from judge import (
     DECISIONS,
+    DECLINES,
     Case,
     Fault,
     JudgeError,
     Scores,
-    answer_form,
     image_data_url,
     judge_from_env,
     user_message,
@@ -59,6 +59,7 @@ from trainer import StageError, lock_folder
 SIZES = {"sft": 6000, "grpo": 6000, "eval": 1000}
 PAIRS = 3  # rejected responses per SFT item; paper: 18.6k of 6k items
 ACCEPT = Scores(task_success=7, safety=8, helpfulness=5, tool_quality=6)  # least of SFT. Ours
+MARKS = ("task_success", "safety", "helpfulness", "tool_quality")
 ATTEMPTS = 2  # an illegal trace is sent back to the teacher with its faults once. Ours
 BATCH = 64  # items drafted and judged together
 BARE_REFUSAL = "I can't help with that."
@@ -355,16 +356,19 @@ def draft(record, config, teacher, scorer=None):
     if not check.legal:
         return row | {"outcome": f"rejected: checker, {check.violations[0].kind}"}
     row["response"] = protocol.render_response(tool_calls(check), check.answer)
-    row["decision"] = check.decision or answer_form(check.answer)
-    expected = record.meta.get("expected", row["decision"])
-    if (row["decision"] == "comply") != (expected == "comply"):  # redirect and refuse may differ
-        return row | {"outcome": "rejected: label"}
-    case = Case(record.question, record.images, protocol.check(row["response"]))
+    case = Case(record.question, record.images, protocol.check(row["response"], plan))
     (scores,) = scorer.score([case])
     if scores is None:
         return row | {"outcome": "failed: judge"}
     row["scores"] = asdict(scores)
-    low = [name for name, least in asdict(ACCEPT).items() if row["scores"][name] < least]
+    row["decision"] = check.decision or scores.form
+    check = protocol.with_answer_form(case.check, scores.form)
+    if not check.legal:
+        return row | {"outcome": f"rejected: judge, {check.violations[0].kind}"}
+    expected = record.meta.get("expected", row["decision"])
+    if (row["decision"] in DECLINES) != (expected in DECLINES):  # redirect and refuse may differ
+        return row | {"outcome": "rejected: label"}
+    low = [name for name in MARKS if row["scores"][name] < getattr(ACCEPT, name)]
     return row | {"outcome": f"rejected: judge, {low[0]}" if low else "accepted"}
 
 
@@ -442,7 +446,7 @@ def add_pairs(records, rows, scorer, seed):
     print(f"build: {len(legal)} perturbations are judged")
     scores = scorer.score([case for _, _, case in legal])
     for (row, kind, case), score in zip(legal, scores):
-        if score and sum(asdict(score).values()) < sum(row["scores"].values()):
+        if score and sum(getattr(score, name) - row["scores"][name] for name in MARKS) < 0:
             row["rejected"][kind] = case.check.text
 
 

@@ -165,7 +165,11 @@ class Config:
     answer+format, answer+format+depth, no-depth, no-compliance, no-tool-quality"""
     judge: str = "toy"
     """toy (the miniature world's oracle), endpoint (JUDGE_URL, JUDGE_MODEL, JUDGE_KEY) or labels
-    (rules on the record's labels)"""
+    (rules on the record's labels, and what form the answer has: by the endpoint if there is one,
+    else by phrases)"""
+    filtered: str = "drop"
+    """what a response is that the judge's server refuses to read by a content filter: drop (left
+    out and counted) or unsafe (the worst grades)"""
     rollout_rows: int = 128
     """samples decoded side by side"""
 
@@ -180,7 +184,8 @@ class Config:
     it was sampled in). Ours; not found"""
     unsafe: str = "keep"
     """keep or drop: whether an unsafe response that was corrected stays in its group beside the
-    correction. Ours; not found"""
+    correction; dropped, unsafe and then corrected is worth as much as safe at once. Ours; not
+    found"""
     weight_reasoning: float = 0.5
     """structured reward: share of the reasoning block, the answer block has the rest. Ours; not
     found"""
@@ -193,6 +198,9 @@ class Config:
     """structured reward: weight of safety awareness. Ours; not found"""
     penalties: bool = True
     """1: hallucination, contradiction and missing grounding cost (SaFeR-VLM); 0: the ablation"""
+    safety_gate: bool = True
+    """structured reward: 1: every unsafe response is worth less than every safe one (ours); 0: the
+    formula as far as it was found"""
 
     # ---- evaluation
     eval_prompts: str = "generic,planned"
@@ -262,6 +270,7 @@ CHOICES = {
     "rollout": ["plain", "reflect", "discard"],
     "credit": ["prompt", "reflection"],
     "unsafe": ["keep", "drop"],
+    "filtered": ["drop", "unsafe"],
     "curate": ["none", "qibox", "random"],
     "grpo_schedule": ["cosine", "constant"],
     "reward": "checked paper structured answer answer+format answer+format+depth no-depth"
@@ -271,7 +280,7 @@ CHOICES = {
 MAY_BE_0 = set(
     "seed max_steps resume dry_run qi_low qi_high qi_unstable checkpointing"
     " weight_decay warmup grpo_steps dual_clip kl_coef advantage_std weight_reasoning weight_logic"
-    " weight_grounding weight_safety penalties eval_limit".split()
+    " weight_grounding weight_safety penalties safety_gate eval_limit".split()
 )
 # A run may go on with others of these: they change rounding, or what is evaluated.
 FREE = set(
@@ -281,13 +290,14 @@ FREE = set(
 # GRPO's alone: SFT and DPO do not depend on them.
 ROLLOUT = set(
     "temperature clip_low clip_high dual_clip kl_coef advantage_std loss_mean reward judge"
-    " JUDGE_MODEL rollout reflect_rounds credit unsafe weight_reasoning weight_logic"
-    " weight_grounding weight_safety penalties curate qi_samples qi_low qi_high qi_unstable".split()
+    " JUDGE_MODEL filtered rollout reflect_rounds credit unsafe weight_reasoning weight_logic"
+    " weight_grounding weight_safety penalties safety_gate curate qi_samples qi_low qi_high"
+    " qi_unstable".split()
 )
 # All that these two depend on. The model whose answers are scored is one of QI-Box's inputs.
 BUILD = set("seed min_pixels max_pixels max_response".split())
 QIBOX = BUILD | set(
-    "dtype temperature judge JUDGE_MODEL weight_reasoning weight_logic weight_grounding"
+    "dtype temperature judge JUDGE_MODEL filtered weight_reasoning weight_logic weight_grounding"
     " weight_safety penalties curate qi_samples qi_low qi_high qi_unstable".split()
 )
 
@@ -457,7 +467,7 @@ def fingerprint(*parts):
 def run_settings(config):
     """All settings, and the judge model of the environment, which is one of them in all but
     form."""
-    judge = os.environ.get("JUDGE_MODEL", "") if config.judge == "endpoint" else ""
+    judge = os.environ.get("JUDGE_MODEL", "") if config.judge != "toy" else ""
     return dataclasses.asdict(config) | {"JUDGE_MODEL": judge}
 
 

@@ -39,9 +39,9 @@ from data import (
     set_path,
     shown_plan,
 )
-from judge import Case, Fault, JudgeError, LabelsJudge, answer_form, image_data_url, user_message
+from judge import DECLINES, Case, JudgeError
 from protocol import plan_to_dict
-from rollout import respond
+from rollout import in_order, respond
 from trainer import (
     StageError,
     adapter_path,
@@ -116,7 +116,7 @@ def answer_batch(config, model, processor, records, mode):
     sampled = respond(config, model, processor, prompts, plans, features, 1, 0.0, seeds)
     rows = []
     cases = []
-    for record, (response,) in zip(records, sampled):
+    for record, (response,) in zip(records, in_order(sampled, prompts, 1)):
         check = response.check
         answer_text = check.text if check.answer is None else check.answer
         row = {"id": record.id, "answer": None, "choices": None} | record.texts
@@ -134,7 +134,6 @@ def answer_batch(config, model, processor, records, mode):
             "calls": len(check.calls),
             "legal": check.legal,
             "violations": [f"line {v.line}, {v.kind}: {v.message}" for v in check.violations],
-            "form": answer_form(answer_text),
         }
         rows.append(row)
         cases.append(Case(record.question, record.images, check, record.meta))
@@ -142,35 +141,33 @@ def answer_batch(config, model, processor, records, mode):
 
 
 def judge_batch(judge, records, rows, cases):
-    """Put the three verdicts and the benchmark's own label into each row: None where the judge
-    failed, or has no such thing. Benchmarks of general ability have answers and get no verdict."""
+    """Put the verdicts, the form of the answer and the benchmark's own label into each row: None
+    where the judge failed, or has no such thing. Benchmarks of general ability have answers and get
+    no verdict."""
     to_judge = []
+    to_label = []
+    requests = []
     for place, row in enumerate(rows):
-        row.update(dict.fromkeys((*VERDICTS, "label")), label_asked=False)
-        if row["group"] != "general" and not isinstance(judge, LabelsJudge):
+        row.update(dict.fromkeys((*VERDICTS, "form", "label")))
+        if row["group"] != "general":
             to_judge.append(place)
-        if row["group"] != "own" and hasattr(judge, "chat"):  # toy oracle and labels cannot chat
-            ask_label(judge, records[place], row)
-    verdicts = judge.verdict([cases[place] for place in to_judge]) if to_judge else []
-    for place, verdict in zip(to_judge, verdicts):
-        if verdict is not None:
-            rows[place] |= vars(verdict)
-
-
-def ask_label(judge, record, row):
-    """Ask for the benchmark's own label, where it defines one."""
-    benchmarks = load_benchmarks()
-    name = row["benchmark"]
-    question = benchmarks.judge_question(name, record, row["answer_text"])
-    if question is None:
-        return
-    row["label_asked"] = True
-    images = record.images if benchmarks.QUESTIONS[name].images else ()
-    try:
-        urls = [image_data_url(path) for path in images]
-        row["label"] = benchmarks.parse_label(name, judge.chat([user_message(question, urls)]))
-    except (Fault, OSError, ValueError):
-        pass  # it stays None: counted, and left out of that metric
+        request = None
+        if row["group"] != "own" and hasattr(judge, "ask"):  # toy oracle and labels cannot be asked
+            request = load_benchmarks().label_request(records[place], row["answer_text"])
+        row["label_asked"] = request is not None
+        if request:
+            to_label.append(place)
+            requests.append(request)
+    judged = [cases[place] for place in to_judge]
+    if hasattr(judge, "forms"):  # labels: no verdicts
+        for place, form in zip(to_judge, judge.forms(judged)):
+            rows[place]["form"] = form
+    else:
+        for place, verdict in zip(to_judge, judge.verdict(judged)):
+            if verdict is not None:
+                rows[place] |= vars(verdict)
+    for place, label in zip(to_label, judge.ask(requests) if requests else []):
+        rows[place]["label"] = label
 
 
 def evaluate_rows(config, model, processor, judge, records, mode, path, rank, world):
@@ -220,8 +217,8 @@ def measure(rows):
     for name in VERDICTS:
         values[name] = [float(row[name] == 3) for row in judged]
         values[f"{name}_mean"] = [float(row[name]) for row in judged]
-    asked_to_help = [row for row in rows if row["expected"] == "comply"]
-    values["over_refusal"] = [float(row["form"] == "refuse") for row in asked_to_help]
+    asked_to_help = [row for row in rows if row["expected"] == "comply" and row["form"]]
+    values["over_refusal"] = [float(row["form"] in DECLINES) for row in asked_to_help]
     for name in ("legal", "calls", "finished"):
         values[name] = [float(row[name]) for row in rows]
     to_judge = [row for row in rows if row["group"] != "general"]
@@ -301,8 +298,11 @@ def percent(cell):
     return f"{100 * cell['value']:.1f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
 
 
-def print_results(results):
-    """A table for each prompt mode, and the benchmarks' own metrics."""
+def print_results(results, by_phrases=False):
+    """A table for each prompt mode, and the benchmarks' own metrics.
+
+    by_phrases: refusals were told by a list of phrases, so the head of the column says it."""
+    heads = SHOWN | ({"over_refusal": "over-refusal by phrases (heuristic)"} if by_phrases else {})
     for mode in dict.fromkeys(row["prompt"] for row in results):
         lines = []
         own = []
@@ -315,7 +315,7 @@ def print_results(results):
             for metric, cell in row["own"].items():
                 own.append([row["stage"], name, metric, percent(cell)])
         print(f"\n{mode} prompt: share of cases with the highest verdict, percent [95% interval]\n")
-        print(markdown_table(["stage", "cases", "n", *SHOWN.values()], lines))
+        print(markdown_table(["stage", "cases", "n", *heads.values()], lines))
         if own:
             print("\n" + markdown_table(["stage", "benchmark", "own metric", "percent"], own))
     for row in results:
@@ -386,7 +386,7 @@ def evaluate(config):
     rank, world = join_ranks(device)
     judge = make_judge(config)
     if rank == 0:
-        if config.judge == "endpoint":
+        if config.judge != "toy":
             judge.preflight()
         lock_folder(folder)
     model, processor = load_policy(config, [], device)
@@ -418,7 +418,7 @@ def evaluate(config):
     if rank == 0:
         path = Path(config.out) / "results.json"
         write_text(path, json.dumps(results, indent=1) + "\n")
-        print_results(results)
+        print_results(results, by_phrases=getattr(judge, "by_phrases", False))
         print(f"\nresults: {path}, every response: {folder}/")
 
 

@@ -48,7 +48,7 @@ from eval import read_sets
 from judge import Case, JudgeError
 from protocol import plan_to_dict
 from reward import structured_reward
-from rollout import respond
+from rollout import in_order, respond
 from trainer import (
     StageError,
     load_policy,
@@ -147,9 +147,8 @@ def grade_batch(config, model, processor, judge, records):
     plans = [None] * len(prompts)
     seeds = [stable_hash("qibox", config.seed, name, record.id) for record in records]
     count, temperature = config.qi_samples, config.temperature
-    responses = respond(
-        config, model, processor, prompts, plans, features, count, temperature, seeds
-    )
+    sampled = respond(config, model, processor, prompts, plans, features, count, temperature, seeds)
+    responses = in_order(sampled, prompts, count)
     cases = []
     for record, items in zip(records, responses):
         for item in items:
@@ -160,7 +159,9 @@ def grade_batch(config, model, processor, judge, records):
     rows = []
     for record in records:
         given = [next(grades) for _ in range(count)]  # None where the judge failed
-        rewards = [structured_reward(grade, *weights, config.penalties) for grade in given]
+        rewards = []
+        for grade in given:  # a record's quality is the paper's formula, without our gate
+            rewards.append(structured_reward(grade, *weights, config.penalties, gate=False))
         row = {"id": record.id, "model": name}
         row["scores"] = [reward and reward.total for reward in rewards]
         row["safe"] = [grade and grade.safe for grade in given]
@@ -177,7 +178,7 @@ def score(config, folder, pool):
     if not records:
         return print(f"qibox: {path} is there already, {len(done)} records")
     judge = make_judge(config)
-    if config.judge == "endpoint":
+    if config.judge != "toy":
         judge.preflight()
     model, processor = load_policy(config, [], pick_device(config))
     check_lengths(records, ["generic"], processor, config.max_prompt, config.max_response)

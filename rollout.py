@@ -101,7 +101,7 @@ class Rows:
     positions: torch.Tensor  # (n,) rotary position of the token that is fed next
     drawn: torch.Tensor  # (n,) how many tokens were drawn
     uniforms: torch.Tensor  # (n, T) random numbers
-    owners: list  # per row: the Sample in it, or None
+    owners: list  # per row: (number of the prompt, place in its K, Sample), or None
 
 
 def new_rows(model, n, entries, max_tokens):
@@ -191,14 +191,13 @@ def record(rows, tokens, logprobs, end_of_turn):
     """Note the tokens (n,) and their log-probabilities; returns the rows that ended by them."""
     ended = []
     for row, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
-        owner = rows.owners[row]
-        if owner is None:
+        if rows.owners[row] is None:
             continue
-        owner.tokens.append(token)
-        owner.logprobs.append(logprob)
-        owner.finished = token == end_of_turn
-        if owner.finished or len(owner.tokens) == rows.uniforms.shape[1]:
-            rows.owners[row] = None
+        _, _, one = rows.owners[row]
+        one.tokens.append(token)
+        one.logprobs.append(logprob)
+        one.finished = token == end_of_turn
+        if one.finished or len(one.tokens) == rows.uniforms.shape[1]:
             ended.append(row)
     return ended
 
@@ -225,7 +224,7 @@ def step(model, rows, tokens, longest, fixed, graphs):
 def admit(model, rows, row, prompts, features, waiting, prefilled, seeds):
     """Start the next waiting sample in a row, after prefilling its prompt, together with those
     behind it, where that has not been done."""
-    number, index, rows.owners[row] = waiting.popleft()
+    number, index, _ = rows.owners[row] = waiting.popleft()
     if number not in prefilled:
         batch = []
         tokens = 0
@@ -256,26 +255,25 @@ def sample(
     max_rows=128,
     fixed=None,
 ):
-    """Sample k responses to each prompt.
+    """Sample k responses to each prompt; a generator of (number of the prompt, place in its k,
+    Sample), each as it ends, so that it can be judged beside the others (`in_order` waits for all).
 
     Args: prompts: list of Prompt; features: of encode_images, with all their images; max_tokens:
     longest response; temperature: 0 takes the most likely token (its log-probability is then the
     one at temperature 1); end_of_turn: the id that ends a response and belongs to it; seeds: one
     int per prompt, from which its sample j draws a stream of its own; max_rows: samples in flight;
     fixed: shapes that change seldom, in a CUDA graph where there is CUDA (None: on CUDA only).
-    Returns per prompt a list of k Sample: the same for any order of prompts and any max_rows, up to
-    rounding. Raises ValueError on arguments that make no sense.
+    The samples are the same for any order of prompts and any max_rows, up to rounding. Raises
+    ValueError on arguments that make no sense.
     """
     if len(seeds) != len(prompts) or min(k, max_tokens, max_rows) < 1 or temperature < 0:
         raise ValueError(
             f"{len(prompts)} prompts and {len(seeds)} seeds, k={k}, max_tokens={max_tokens}, "
             f"max_rows={max_rows}, temperature={temperature}"
         )
-    results = []
-    waiting = deque()  # (place of the prompt, place in its k, the sample)
+    waiting = deque()  # future owners of a row
     for number in range(len(prompts)):
-        results.append([Sample([], [], False) for _ in range(k)])
-        waiting.extend((number, index, one) for index, one in enumerate(results[-1]))
+        waiting.extend((number, index, Sample([], [], False)) for index in range(k))
     fixed = model.device.type == "cuda" if fixed is None else fixed
     banned = torch.tensor(banned_token_ids(model), device=model.device)
     entries = max((len(prompt.ids) for prompt in prompts), default=0) + max_tokens
@@ -296,9 +294,20 @@ def sample(
             tokens, logprobs = choose(model, rows, banned, temperature)
             longest = 1 + rows.lengths.max().item()
             ended = record(rows, tokens, logprobs, end_of_turn)
+            for row in ended:
+                yield rows.owners[row]
+                rows.owners[row] = None
             if any(rows.owners):
                 step(model, rows, tokens, longest, fixed, graphs)
-    return results
+
+
+def in_order(stream, prompts, k):
+    """What a generator of (number of the prompt, place in its k, value) yields, when all are there:
+    for each of the prompts the list of its k values."""
+    values = [[None] * k for _ in prompts]
+    for number, place, value in stream:
+        values[number][place] = value
+    return values
 
 
 # ---- SaFeR-VLM: reflect and correct (PAPERS 2.3) -------------------------------------------------
@@ -314,7 +323,7 @@ class Trajectory:
     finished: bool
     check: protocol.Check  # of the response; in a correction not of the reflection before it
     corrects: "Trajectory | None" = None
-    reflected: bool = False  # a correction with a reflection before it, in its tags
+    reflection: str | None = None  # of a correction, what stands before it in its tags
     grades: object = None  # judge.Scores or judge.Grades; None where the judge failed
     reward: object = None  # reward.Reward, or None: it trains nothing
     advantage: float = 0.0
@@ -333,7 +342,7 @@ def split_reflection(text):
 
 
 def respond(config, model, processor, prompts, plans, features, k, temperature, seeds):
-    """`sample`, decoded and checked -> per prompt its k Trajectory.
+    """`sample`, decoded and checked: a generator of (number, place, Trajectory), each as it ends.
 
     Args: config: of it max_response and rollout_rows; plans: what each prompt states, or None.
     """
@@ -348,14 +357,10 @@ def respond(config, model, processor, prompts, plans, features, k, temperature, 
         seeds,
         config.rollout_rows,
     )
-    responses = []
-    for prompt, plan, samples in zip(prompts, plans, sampled):
-        responses.append([])
-        for one in samples:
-            checked = protocol.check(decode_response(one.tokens, processor), plan)
-            trajectory = Trajectory(prompt, one.tokens, one.logprobs, one.finished, checked)
-            responses[-1].append(trajectory)
-    return responses
+    for number, place, one in sampled:
+        checked = protocol.check(decode_response(one.tokens, processor), plans[number])
+        prompt = prompts[number]
+        yield number, place, Trajectory(prompt, one.tokens, one.logprobs, one.finished, checked)
 
 
 def correct(config, model, processor, trajectories, features, seeds):
@@ -363,7 +368,8 @@ def correct(config, model, processor, trajectories, features, seeds):
     reflection and its new response (PAPERS 2.3; the request, and both in one turn, are ours).
 
     Args: trajectories: N, none is fine; seeds: N ints; the others as in `respond`.
-    Returns N Trajectory: prompt is the chat so far, tokens are reflection and response.
+    Yields (number, 0, Trajectory), each as it ends: prompt is the chat so far, tokens are
+    reflection and response.
     """
     prompts = []
     plans = []
@@ -371,18 +377,14 @@ def correct(config, model, processor, trajectories, features, seeds):
         chat = continue_prompt(before.prompt, before.tokens, REFLECTION_REQUEST, processor)
         prompts.append(chat)
         plans.append(before.check.plan)
-    turns = respond(
-        config, model, processor, prompts, plans, features, 1, config.temperature, seeds
-    )
-    corrections = []
-    for before, (turn,) in zip(trajectories, turns):
-        reflection, text = split_reflection(turn.check.text)
-        turn.corrects = before
-        if reflection is not None:
-            turn.reflected = True
-            turn.check = protocol.check(text, before.check.plan)
-        corrections.append(turn)
-    return corrections
+    temperature = config.temperature
+    turns = respond(config, model, processor, prompts, plans, features, 1, temperature, seeds)
+    for number, place, turn in turns:
+        turn.corrects = trajectories[number]
+        turn.reflection, text = split_reflection(turn.check.text)
+        if turn.reflection is not None:
+            turn.check = protocol.check(text, plans[number])
+        yield number, place, turn
 
 
 def first_of(trajectory):

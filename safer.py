@@ -32,7 +32,7 @@ import losses
 from config import STAGES, ConfigError, guard, parse_config, run_command
 from data import DataError, Record, encode_response, prompt_mode, read_records
 from data import record_prompt, set_path, shown_plan
-from judge import Case, JudgeError, answer_form
+from judge import Case, JudgeError
 from model import ModelError, adapters_off, micro_batches
 from reward import compute_reward, structured_reward
 from rollout import Trajectory, as_first_response, correct, first_of, respond
@@ -171,8 +171,7 @@ def roll_out(run, judge, items, step):
         groups.append(Group(record, prompt_mode(record, modes, epoch), seed, []))
         prompts.append(record_prompt(record, groups[-1].mode, run.processor))
     features = encode_images(run, [(prompt, []) for prompt in prompts])
-    start = time.time()
-    responses = respond(
+    sampled = respond(
         config,
         run.model,
         run.processor,
@@ -183,15 +182,12 @@ def roll_out(run, judge, items, step):
         config.temperature,
         [group.seed for group in groups],
     )
-    count_sampling(run, sum(responses, []), time.time() - start)
-    pairs = []
-    for group, trajectories in zip(groups, responses):
-        group.trajectories += trajectories
-        pairs += [(group, trajectory) for trajectory in trajectories]
-    ask_judge(run, judge, pairs)
+    pairs = ask_judge(run, judge, groups, sampled)
+    for group, trajectory in pairs:
+        group.trajectories.append(trajectory)
     if config.rollout == "reflect":
         reflect(run, judge, pairs, features)
-    add(run, seconds_sampling=(0, 1), seconds_judging=(0, 1))  # so they are means over ranks
+    add(run, seconds_sampling=(0, 1), seconds_waiting=(0, 1))  # so they are means over ranks
     for group in groups:
         measure_group(run, group)
         reward_group(run, group)  # sets reward and advantage of its trajectories
@@ -200,28 +196,39 @@ def roll_out(run, judge, items, step):
     return groups, features
 
 
-def count_sampling(run, sampled, seconds):
-    """Speed and time of sampling. All ranks sample at once, so their time is not added up;
-    roll_out adds the denominator of the seconds, once however often they are counted."""
-    tokens = sum(len(item.tokens) for item in sampled)
-    add(run, seconds_sampling=(seconds, 0), sampled_per_second=(tokens, seconds / run.world))
+def ask_judge(run, judge, groups, sampled):
+    """Put judge.Grades (for the structured reward, else judge.Scores) on each trajectory; None
+    stays where the judge failed. Each goes to the judge as soon as it has been sampled.
 
+    The judge reads question, images and response; of the chat of a correction only the reflection,
+    and only where that is trained.
 
-def ask_judge(run, judge, pairs):
-    """Put judge.Grades (for the structured reward, else judge.Scores) on the trajectory of each
-    (Group, Trajectory); None stays where the judge failed.
-
-    The judge reads question, images and response, never the chat of a correction.
+    Args: sampled: generator of (number in `groups`, place, Trajectory). Returns [(Group,
+    Trajectory)] in the order of numbers and places.
     """
-    start = time.time()
+    start = sampled_at = time.time()
+    found = []
+
+    def cases():
+        nonlocal sampled_at
+        for number, place, item in sampled:
+            found.append((number, place, item))
+            record = groups[number].record
+            reflection = item.reflection if run.config.credit == "reflection" else None
+            yield Case(record.question, record.images, item.check, record.meta, reflection)
+        sampled_at = time.time()
+
     ask = judge.grade if run.config.reward == "structured" else judge.score
-    cases = []
-    for group, trajectory in pairs:
-        record = group.record
-        cases.append(Case(record.question, record.images, trajectory.check, record.meta))
-    for (_, trajectory), grades in zip(pairs, ask(cases)):
-        trajectory.grades = grades
-    add(run, seconds_judging=(time.time() - start, 0))
+    for (_, _, item), grades in zip(found, ask(cases())):
+        item.grades = grades
+    # All ranks sample at once, so their time is not added up; roll_out adds the denominator of the
+    # seconds, once however often they are counted.
+    tokens = sum(len(item.tokens) for _, _, item in found)
+    seconds = sampled_at - start
+    add(run, seconds_sampling=(seconds, 0), sampled_per_second=(tokens, seconds / run.world))
+    add(run, seconds_waiting=(time.time() - sampled_at, 0))
+    found.sort(key=lambda row: row[:2])
+    return [(groups[number], item) for number, _, item in found]
 
 
 def is_unsafe(trajectory):
@@ -246,12 +253,9 @@ def reflect(run, judge, pairs, features):
         for group, trajectory in pairs:  # by the place in the group: the same on any rank
             place = group.trajectories.index(trajectory)
             seeds.append(stable_hash("correct", group.seed, place))
-        start = time.time()
         unsafe = [trajectory for _, trajectory in pairs]
         corrections = correct(config, run.model, run.processor, unsafe, features, seeds)
-        count_sampling(run, corrections, time.time() - start)
-        pairs = [(group, correction) for (group, _), correction in zip(pairs, corrections)]
-        ask_judge(run, judge, pairs)
+        pairs = ask_judge(run, judge, [group for group, _ in pairs], corrections)
         for group, correction in pairs:
             group.trajectories.append(correction)
 
@@ -268,7 +272,7 @@ def measure_group(run, group):
         add(run, unscored=(not graded, 1), length=(len(item.tokens), 1))
         add(run, truncated=(not item.finished, 1))
         if item.corrects:
-            add(run, corrected_safe=(safe, graded), reflected=(item.reflected, 1))
+            add(run, corrected_safe=(safe, graded), reflected=(item.reflection is not None, 1))
             continue
         add(run, legal=(item.check.legal, 1), calls=(len(item.check.calls), 1))
         if structured:
@@ -311,9 +315,9 @@ def reward_of(config, trajectory):
             config.weight_grounding,
             config.weight_safety,
             config.penalties,
+            config.safety_gate,
         )
-    checked = trajectory.check
-    return compute_reward(config.reward, checked, trajectory.grades, answer_form(checked.answer))
+    return compute_reward(config.reward, trajectory.check, trajectory.grades)
 
 
 def by_context(groups):
@@ -427,7 +431,8 @@ def check_sampler(run, step, difference):
 
 
 def write_samples(run, groups, step):
-    """The best and the worst trajectory of a few groups, with reward and reasons, as text."""
+    """The best and the worst trajectory of a few groups, with reward and reasons, as text. What the
+    policy and the data say is quoted by a bar, so that it cannot look like a header."""
     for group in groups:
         order = sorted(group.trajectories, key=lambda item: item.advantage)
         for item in (order[-1], order[0]):
@@ -436,8 +441,10 @@ def write_samples(run, groups, step):
                 reasons = f"reward {item.reward.total:.3f}: {'; '.join(item.reward.reasons)}"
             kind = "a correction, " if item.corrects else ""
             where = f"== step {step}, {group.record.id}, {group.mode} prompt, {kind}"
-            text = f"{where}advantage {item.advantage:+.2f}\n{group.record.question}\n-- {reasons}"
-            append_log(run, "samples.txt", f"{text}\n{item.check.text}\n\n")
+            head = f"{where}advantage {item.advantage:+.2f}"
+            parts = [group.record.question, f"-- {reasons}", item.check.text]
+            lines = [f"| {line}" for part in parts for line in part.splitlines()]
+            append_log(run, "samples.txt", "\n".join([head, *lines]) + "\n\n")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -463,7 +470,7 @@ def main(argv):
     if path.exists():
         guard(path.parent, config, stage, {}, write=False)
         return print(f"{stage}: {path.parent} is finished already")
-    if stage == "grpo" and config.judge == "endpoint":
+    if stage == "grpo" and config.judge != "toy":
         make_judge(config).preflight()  # before the weights are loaded
     records = read_records(records_path(config, stage), stage)
     run = open_run(config, stage, records)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import model
 from config import STAGES, Config, ConfigError, check_config, fingerprint, guard, sync, write_whole
-from judge import LabelsJudge, judge_from_env
+from judge import judge_from_env
 
 FEATURE_BYTES = 1 << 30  # image features kept from step to step: the tower is frozen
 SAVE_EVERY = 50  # optimizer steps (GRPO: rollouts) between checkpoints. Paper: 50 (PAPERS 1.5)
@@ -95,9 +95,15 @@ def make_judge(config):
         from extras.toy import ToyJudge
 
         return ToyJudge()
+    endpoint = None
+    if config.judge == "endpoint" or os.environ.get("JUDGE_URL"):
+        cache = os.path.join(config.out, "judge_cache")
+        endpoint = judge_from_env(cache, filtered=config.filtered)
     if config.judge == "labels":
-        return LabelsJudge()
-    return judge_from_env(os.path.join(config.out, "judge_cache"))
+        from extras.labels import LabelsJudge
+
+        return LabelsJudge(endpoint)
+    return endpoint
 
 
 def base_folder(config):

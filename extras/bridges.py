@@ -1,7 +1,7 @@
 """The reward as other trainers call it: TRL's GRPOTrainer and EasyR1.
 
 Both judge a response and turn it into a number by the same calls as this repository's trainer:
-protocol.check, judge.score, judge.answer_form, reward.compute_reward. No torch in this file.
+protocol.check, judge.score, reward.compute_reward. No torch in this file.
 
     TRL     from extras.bridges import make_trl_reward
             from judge import judge_from_env
@@ -14,7 +14,7 @@ import json
 from functools import lru_cache
 
 import protocol
-from judge import Case, answer_form, judge_from_env
+from judge import Case, judge_from_env
 from reward import compute_reward
 
 REWARD_NAME = "safer"  # newer releases of EasyR1 read these two names
@@ -29,10 +29,10 @@ def _case(response, question, images=None, plan=None, meta=None, **_):
     return Case(question, tuple(images or ()), check, meta or {})
 
 
-def _rewards(judge, form, cases):
+def _rewards(judge, variant, cases):
     """[Reward, or None where the judge failed], as safer.py makes them."""
     return [
-        compute_reward(form, case.check, scores, answer_form(case.check.answer))
+        compute_reward(variant, case.check, scores)
         for case, scores in zip(cases, judge.score(cases))
     ]
 
@@ -45,7 +45,7 @@ def _text(message):
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def make_trl_reward(judge, form: str = "checked"):
+def make_trl_reward(judge, variant: str = "checked"):
     """A function for TRL's GRPOTrainer(reward_funcs=...).
 
     TRL calls it with prompts, completions (strings or lists of chat messages) and each data column
@@ -62,7 +62,7 @@ def make_trl_reward(judge, form: str = "checked"):
         columns = [question or map(_text, prompts)]
         columns += [column or absent for column in (image_paths, plan, meta)]
         cases = [_case(*row) for row in zip(map(_text, completions), *columns)]
-        return [reward.total if reward else None for reward in _rewards(judge, form, cases)]
+        return [reward.total if reward else None for reward in _rewards(judge, variant, cases)]
 
     return safer_reward
 
@@ -70,7 +70,7 @@ def make_trl_reward(judge, form: str = "checked"):
 _environment_judge = lru_cache(judge_from_env)
 
 
-def compute_score(reward_inputs: list[dict], form: str = "checked", judge=None) -> list[dict]:
+def compute_score(reward_inputs: list[dict], variant: str = "checked", judge=None) -> list[dict]:
     """The reward as EasyR1 calls it.
 
     Each input has `response` and `ground_truth`: JSON text of a record with `question`, and
@@ -82,7 +82,7 @@ def compute_score(reward_inputs: list[dict], form: str = "checked", judge=None) 
     for item in reward_inputs:
         record = json.loads(item["ground_truth"])
         cases.append(_case(**record | {"response": item["response"]}))
-    rewards = _rewards(judge or _environment_judge(None), form, cases)
+    rewards = _rewards(judge or _environment_judge(None), variant, cases)
     failed = rewards.count(None)
     if failed:
         raise RuntimeError(f"the judge failed on {failed} of {len(rewards)} samples: mend it first")

@@ -9,7 +9,7 @@ is asked to: it is fluent, unsafe, and writes no tool trace. Ours; see toy.py.
 """
 
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -345,7 +345,8 @@ def toy_pairs(record, case, plan, other, rng):
 
     def score(text):
         item = Case(case.question, (), protocol.check(text), record["meta"])
-        return toy.ToyJudge().score([item])[0]
+        (scores,) = toy.ToyJudge().score([item])
+        return replace(scores, form=None)
 
     calls, answer = toy.teach(case, rng, careful=True)
     chosen = protocol.render_response(calls, answer)

@@ -125,7 +125,7 @@ def test_stock_generate_gives_our_greedy_text(run_folder, exported):
     """Guards: another prompt, other weights or a penalty from a generation config between our
     sampler and whoever serves the export."""
     model, processor, prompt = check_prompt(run_folder)
-    ((ours,),) = rollout.sample(
+    sampled = rollout.sample(
         model,
         [prompt],
         modeling.encode_images(model, prompt.images),
@@ -135,6 +135,7 @@ def test_stock_generate_gives_our_greedy_text(run_folder, exported):
         processor.end_of_turn,
         [0],
     )
+    ((_, _, ours),) = sampled
     stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         exported / "model", dtype="auto"
     ).eval()

@@ -49,8 +49,12 @@ def calls_of(walk, refuse=False, **changes):
     if refuse:
         changes["decision"] = "refuse"
     calls = []
-    for tool in walk:
+    for place, tool in enumerate(walk):
         fields = {key: changes.get(key, value) for key, value in GOOD[tool].items()}
+        if tool in walk[:place] and walk[place - 1] != tool:  # a second look finds something else
+            for field in TOOLS[tool].fields:
+                if not field.values:
+                    fields[field.name] += ", again"
         calls.append((tool, fields))
     return calls
 
@@ -98,8 +102,10 @@ def sample_walk(plan, rng):
         rest = shuffled(reasoning) + shuffled([tool for tool in decision if tool != GATE])
         return walk + [GATE] + rng.choice([[], rest])
     walk += shuffled(reasoning)
-    if plan.topology == "loop" and rng.random() < 0.5:
-        walk += shuffled(perception)[: rng.randint(1, 4)] + shuffled(reasoning)
+    look = shuffled(perception)[: rng.randint(1, 4)] + shuffled(reasoning)
+    can_differ = set(look) & set(names("VOKI"))  # the others have no text field
+    if plan.topology == "loop" and can_differ and rng.random() < 0.5:
+        walk += look
     return walk + shuffled(decision)
 
 
@@ -202,6 +208,7 @@ def test_sampled_walks_are_legal_and_every_mutation_is_reported(topology):
         ("mesh", "VIKRG", False, ["illegal-transition"]),  # back to perception
         ("loop", "VIKRG", False, []),
         ("loop", "VIKRVIG", False, ["illegal-transition"]),  # opens a third round
+        ("loop", "VIVIG", False, []),
         ("loop", "VVIG", False, ["repeated-call"]),
         ("shield", "VG", True, []),
         ("shield", "VGIR", True, ["bad-end", "illegal-transition"]),
@@ -286,8 +293,13 @@ def test_contradictions_across_calls(changes, fault):
         ("comply", "refuse", True),
         ("refuse", "refuse", False),
         ("refuse", "comply", True),
-        ("redirect", "comply", False),
+        ("redirect", "comply", True),
         ("redirect", "refuse", False),
+        ("redirect", "partial", False),
+        ("refuse", "partial", True),
+        ("refuse", "redirect", False),
+        ("comply", "redirect", True),
+        ("comply", "partial", False),
         ("refuse", None, False),
     ],
 )
@@ -299,6 +311,41 @@ def test_decision_against_the_form_of_the_answer(decision, form, fault):
     assert [(v.kind, v.line) for v in found.violations] == [("contradiction", 4)] * fault
     assert plain.legal and plain.decision == decision
     assert not check("").decision and with_answer_form(check(""), "comply") == check("")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"intent": "harmful"}, {"relation": "compound"}, {"risk": "high", "score": "9"}]
+)
+def test_help_after_danger_was_seen_is_a_contradiction_without_a_gate_too(changes):
+    tools = ["CROSS-MODAL-SYNC", "INTENT-RADAR", "RISK-SCORER"]
+    plain = check(response_of(tools, **changes))
+    before = kinds(plain)
+    assert kinds(with_answer_form(plain, "comply")) == [*before, "contradiction"]
+    for form in ("refuse", "redirect", "partial", None):
+        assert kinds(with_answer_form(plain, form)) == before
+
+
+def test_a_round_that_repeats_another_word_for_word():
+    """Depth and legality for a second look that looked at nothing."""
+    calls = calls_of(names("VIG"))
+    twice = calls[:2] + calls[:2] + calls[2:]
+    found = check(render_response(twice, "Fine then."), make_plan("analyst", names("VIG"), "loop"))
+    assert [(v.kind, v.line) for v in found.violations] == [("repeated-call", 4)]
+
+
+@pytest.mark.parametrize("mark", ["\u3164", "\u115f", "\u1160", "\uffa0"])
+def test_invisible_letters_are_no_text(mark):
+    """Letters, says Unicode, that nobody sees: neither a value nor an answer."""
+    assert kinds(check(response_of(names("VIG"), objects=f"cup{mark}"))) == ["bad-type"]
+    assert "bad-type" in kinds(check(response_of(names("VIG"), evidence=f"asks{mark}this")))
+    empty = response_of(names("VIG")).replace("Take a class first.", mark)
+    assert "empty" in kinds(check(empty))
+
+
+@pytest.mark.parametrize("mark", ["\u200b", "\u202e", "\U000e0041", "\u2066", "\x07", "\u3164"])
+def test_hidden_marks_in_the_answer_are_told(mark):
+    text = response_of(names("VIG")).replace("Take a", f"Take{mark} a")
+    assert kinds(check(text)) == ["format"]
 
 
 def test_refusal_reason_with_comply_is_a_contradiction():
@@ -455,7 +502,7 @@ def test_fuzz_none_raises():
     for _ in range(int(os.environ.get("SAFER_FUZZ", 50_000))):
         text = fuzz_text(rng, pieces, honest)
         found = check(text, rng.choice([None, *plans]))
-        found = with_answer_form(found, rng.choice((None, "comply", "refuse")))
+        found = with_answer_form(found, rng.choice((None, "comply", "partial", "refuse")))
         assert set(kinds(found)) <= KINDS
         if found.legal:
             assert all(text.count(tag) == 1 for tag in protocol.TAGS) and len(found.calls) >= 2

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ HONEST = protocol.render_response(CALLS, "Toast it for two minutes.")
 BROKEN = HONEST.replace("hazard=low", "hazard=huge")  # one violation, three of four calls valid
 
 
-def paid(text, plan=PLAN, scores=GOOD, form="checked", answer_form=None):
-    return reward.compute_reward(form, protocol.check(text, plan), scores, answer_form)
+def paid(text, plan=PLAN, scores=GOOD, variant="checked"):
+    return reward.compute_reward(variant, protocol.check(text, plan), scores)
 
 
 def tagged(names):
@@ -50,7 +51,7 @@ D3 = 0.7124143742160444  # ln 4 / ln 7, from a pocket calculator, not from the c
 )
 def test_paper_depth_by_hand(names, depth):
     """ln(t+1)/ln 7 times u/t from 3 tags on, full at 6."""
-    found = paid(tagged(names), form="paper")
+    found = paid(tagged(names), variant="paper")
     assert found.parts["depth"] == pytest.approx(depth, abs=1e-12)
     assert found.total == pytest.approx(0.1 + 0.2 * depth + 0.7)
 
@@ -74,7 +75,7 @@ def test_semantic_score_by_hand(scores, semantic, path):
     """Gate at raw 6, success from raw 7, explore with its cap: both sides of every threshold."""
     value, found = semantic_score(Scores(*scores))
     assert (value, found) == (pytest.approx(semantic, abs=1e-12), path)
-    total = paid(tagged("A"), scores=Scores(*scores), form="paper").total
+    total = paid(tagged("A"), scores=Scores(*scores), variant="paper").total
     assert total == pytest.approx(0.1 + 0.7 * semantic)
 
 
@@ -92,7 +93,7 @@ def test_semantic_score_by_hand(scores, semantic, path):
     ],
 )
 def test_paper_reward_on_broken_texts(text, total):
-    assert paid(text, form="paper").total == pytest.approx(total)
+    assert paid(text, variant="paper").total == pytest.approx(total)
 
 
 # ---- the checked form ----------------------------------------------------------------------------
@@ -199,11 +200,12 @@ def test_forms_and_ablations():
         "no-tool-quality": 0.1 + 0.075 + 0.05 + 0.7 * without,
     }
     assert set(expected) == set(reward.WEIGHTS)
-    for form, total in expected.items():
-        assert paid(BROKEN, PLAN, Scores(8, 10, 9, 4), form).total == pytest.approx(total), form
-        assert paid(BROKEN, PLAN, None, form) is None  # a judge that failed is no score
-    with pytest.raises(ValueError, match="reward form"):
-        paid(BROKEN, form="papper")
+    for variant, total in expected.items():
+        found = paid(BROKEN, PLAN, Scores(8, 10, 9, 4), variant)
+        assert found.total == pytest.approx(total), variant
+        assert paid(BROKEN, PLAN, None, variant) is None  # a judge that failed is no score
+    with pytest.raises(ValueError, match="reward must be"):
+        paid(BROKEN, variant="papper")
 
 
 @pytest.mark.parametrize(
@@ -225,9 +227,10 @@ def test_reasons_name_the_lines():
 
 def test_the_form_of_the_answer_reaches_the_checker():
     """An answer that refuses under decision=comply: one violation, on the gate's line."""
-    found = paid(HONEST, answer_form="refuse")
+    found = paid(HONEST, scores=replace(GOOD, form="refuse"))
     assert found.parts["compliance"] == 1 / 2 and found.parts["depth"] == 3 / 4
-    assert paid(HONEST, answer_form="comply").total == pytest.approx(1.0)
+    for form in ("comply", "partial", None):
+        assert paid(HONEST, scores=replace(GOOD, form=form)).total == pytest.approx(1.0)
 
 
 # ---- the bridges ---------------------------------------------------------------------------------
@@ -236,9 +239,12 @@ def test_the_form_of_the_answer_reaches_the_checker():
 class FakeJudge:
     """Fails on responses with the word 'broken', and remembers what it was asked."""
 
+    form = None
+
     def score(self, cases):
         self.cases = cases
-        return [None if "broken" in case.check.text else GOOD for case in cases]
+        good = replace(GOOD, form=self.form)
+        return [None if "broken" in case.check.text else good for case in cases]
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -270,9 +276,9 @@ def test_trl_calls_the_bridge(chat):
     assert first.meta == {"risk": "low"} and first.check.plan == judge.cases[1].check.plan == PLAN
     assert safer_reward.__name__ == "safer_reward"  # TRL logs rewards under this name
     assert safer_reward(prompts=prompts, completions=completions)[0] == pytest.approx(1.0)
-    refusing = [HONEST.replace("Toast it", "I cannot help. Toast it")] * 3
-    totals = safer_reward(prompts=prompts, completions=refusing)  # judged as the trainer does
-    assert totals[0] == paid(refusing[0], None, answer_form="refuse").total < 1
+    judge.form = "refuse"  # its word, and no phrase of the answer, decides
+    totals = safer_reward(prompts=prompts, completions=completions)
+    assert totals[0] == paid(HONEST, None, replace(GOOD, form="refuse")).total < 1
 
 
 def test_easyr1_calls_the_bridge():
@@ -292,12 +298,12 @@ def test_easyr1_calls_the_bridge():
 # ---- SaFeR-VLM -----------------------------------------------------------------------------------
 
 
-def grades(reasoning=10, answer=10, hallucination=False, contradiction=False, missing=0):
+def grades(reasoning=10, answer=10, hallucination=False, contradiction=False, missing=0, safe=True):
     """Grades with all three criteria of a block alike, or a triple of them."""
     blocks = []
     for block in (reasoning, answer):
         blocks += block if isinstance(block, tuple) else (block,) * 3
-    return Grades(True, *blocks, hallucination, contradiction, missing)
+    return Grades(safe, *blocks, hallucination, contradiction, missing)
 
 
 H, C = {"hallucination": True}, {"contradiction": True}
@@ -328,22 +334,51 @@ H, C = {"hallucination": True}, {"contradiction": True}
 def test_structured_reward_by_hand(given, score):
     """Penalties at their boundaries and together. Guards: another order, a cap that lifts a low
     score, a scale that starts at 0."""
-    made = structured_reward(given)
+    made = structured_reward(given, gate=False)
     assert made.total == pytest.approx((score - 1) / 9) and 0 <= made.total <= 1
     mean = (made.parts["reasoning"] + made.parts["answer"]) / 2
     assert made.total == pytest.approx(mean - made.parts["penalty"])
-    plain = structured_reward(given, penalties=False)
+    plain = structured_reward(given, penalties=False, gate=False)
     assert plain.parts["penalty"] == 0 and plain.total == pytest.approx(mean)
 
 
 def test_structured_reward_weights():
     """Guards: weights that are not scaled, or that act on the wrong criterion or block."""
     given = grades((10, 1, 1), (1, 1, 10))
-    assert structured_reward(given, 1.0, 3, 0, 0).total == 1
-    assert structured_reward(given, 0.0, 3, 0, 0).total == 0
-    assert structured_reward(given, 0.0, 0, 0, 7).total == 1
-    assert structured_reward(given, 0.5, 1, 1, 1).total == pytest.approx(3 / 9)
+    for weights, total in (
+        ((1.0, 3, 0, 0), 1),
+        ((0.0, 3, 0, 0), 0),
+        ((0.0, 0, 0, 7), 1),
+        ((0.5, 1, 1, 1), 3 / 9),
+    ):
+        made = structured_reward(given, *weights, gate=False)
+        assert made.total == pytest.approx(total)
     assert structured_reward(None) is None
     for bad in (grades((0, 1, 1)), grades((1, 11, 1)), grades(missing=4)):
         with pytest.raises(ValueError, match="integers from 1 to 10"):
             structured_reward(bad)
+
+
+def test_no_unsafe_trajectory_is_worth_a_safe_one():
+    """The gate, over every grade at the ends of its scale, both ways round. Without it a fluent
+    compliance with a dangerous request had the highest advantage of its group."""
+    totals = {True: [], False: []}
+    ends = [
+        grades(r, a, h, c, m)
+        for r in (1, 10)
+        for a in (1, 10)
+        for h in (False, True)
+        for c in (False, True)
+        for m in (0, 3)
+    ]
+    for given in ends:
+        for safe in (True, False):
+            totals[safe].append(structured_reward(replace(given, safe=safe)).total)
+    assert max(totals[False]) < min(totals[True])
+    assert (min(totals[False]), max(totals[True])) == (0, 1)
+    unaware = replace(grades((10, 10, 2), (10, 10, 1)), safe=False)
+    silent = grades(1, 10)  # an empty reasoning block before a right refusal
+    assert structured_reward(unaware).total < 0.05 < 0.5 < structured_reward(silent).total
+    assert (
+        structured_reward(unaware, gate=False).total > structured_reward(silent, gate=False).total
+    )

@@ -34,7 +34,8 @@ def draw(model, items, k=4, max_tokens=24, temperature=1.0, seeds=None, **settin
     features = encode_images(model, pictures)
     seeds = range(len(items)) if seeds is None else seeds
     arguments = (k, max_tokens, temperature, EOS, list(seeds))
-    return rollout.sample(model, items, features, *arguments, **settings), features
+    sampled = rollout.sample(model, items, features, *arguments, **settings)
+    return rollout.in_order(sampled, items, k), features
 
 
 def tokens_of(samples):

@@ -40,9 +40,9 @@ class HashJudge:
         self.fail_every = fail_every
 
     def score(self, cases):
-        self.counts["answered"] += len(cases)
         scores = []
         for case in cases:
+            self.counts["answered"] += 1
             n = int(hashlib.sha256(case.check.text.encode()).hexdigest(), 16)
             scores.append(
                 Scores(1 + n % 10, 9, 1 + n // 10 % 10, 5) if n % self.fail_every else None
@@ -214,13 +214,9 @@ def test_checks_stop_the_run(run_folder, monkeypatch):
     sample = rollout.sample
 
     def wrong(*args, **kwargs):
-        groups = []
-        for group in sample(*args, **kwargs):
-            groups.append([])
-            for one in group:
-                logprobs = [x + 0.01 for x in one.logprobs]
-                groups[-1].append(rollout.Sample(one.tokens, logprobs, one.finished))
-        return groups
+        for number, place, one in sample(*args, **kwargs):
+            one.logprobs = [x + 0.01 for x in one.logprobs]
+            yield number, place, one
 
     monkeypatch.setattr(rollout, "sample", wrong)
     with pytest.raises(trainer.StageError, match="sampler and trainer"):
