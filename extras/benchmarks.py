@@ -428,8 +428,8 @@ BENCHMARKS = {
         "test.json, test/ (from test.zip)",
         "huggingface.co/datasets/ys-zong/VLGuard",
         "asr: unsafe requests that are not refused (lower); refusal_safe_safe (lower)",
-        "refusals by its own phrases; complied, by the answer's form, beside it; safe-safe by the form, "
-        "not by a win rate",
+        "asr by its own phrases; beside it, by the answer's form, refusal_safe_safe (not a win "
+        "rate), refusal_safe_unsafe, refusal_unsafe",
     ),
     "vlsbench": Benchmark(
         vlsbench,
@@ -492,8 +492,8 @@ BENCHMARKS = {
         "data/testmini-*.parquet; or testmini.json, query.json and images/",
         "huggingface.co/datasets/AI4Math/MathVista",
         "accuracy (higher)",
-        "a judge extracts what the rules do not find for sure (by_judge); without one the nearest choice "
-        "or the last number (by_fallback); an answer that settles on nothing is wrong, not a guess",
+        "a judge extracts what the rules do not find for sure (by_judge); without one it is the "
+        "nearest choice or the last number (by_fallback); an answer without a value is wrong",
     ),
 }
 
@@ -503,7 +503,8 @@ def read_benchmark(name, folder):
 
     id "<name>/<original id>", images that open, texts benchmark, answer and choices, meta category,
     expected, half and so on as far as the benchmark has them. What cannot be asked is counted and
-    named on the screen; what stands there twice, under one id, is read once. Raises DataError where a file is missing, or nothing can be asked.
+    named on the screen; what stands there twice, under one id, is read once. Raises DataError where
+    a file is missing, or nothing can be asked.
     """
     if name not in BENCHMARKS:
         raise DataError(f"{name}: no such benchmark; known: {', '.join(BENCHMARKS)}")
