@@ -226,32 +226,15 @@ LAYOUTS = {
             "embodied/4.png": None,
         },
         [
-            (
-                "chat-1-1-safe",
-                benchmarks.MSS_CHAT + "q1",
-                {"half": "safe", "expected": "comply"},
-                None,
-            ),
-            ("chat-1-2-safe", benchmarks.MSS_CHAT + "q2", {"half": "safe"}, None),
-            (
-                "chat-1-1-unsafe",
-                benchmarks.MSS_CHAT + "q1",
-                {"half": "unsafe", "category": "physical"},
-                None,
-            ),
-            ("chat-1-2-unsafe", benchmarks.MSS_CHAT + "q2", {"half": "unsafe"}, None),
-            (
-                "embodied-1-1-safe",
-                benchmarks.MSS_ROBOT + "si",
-                {"half": "safe", "scenario": "embodied"},
-                None,
-            ),
-            (
-                "embodied-1-1-unsafe",
-                benchmarks.MSS_ROBOT + "ui",
-                {"half": "unsafe", "category": "c"},
-                None,
-            ),
+            (f"{scenario}-1-{place}-{half}", start + question, {"half": half}, None)
+            for scenario, start, half, place, question in (
+                ("chat", benchmarks.MSS_CHAT, "safe", 1, "q1"),
+                ("chat", benchmarks.MSS_CHAT, "safe", 2, "q2"),
+                ("chat", benchmarks.MSS_CHAT, "unsafe", 1, "q1"),
+                ("chat", benchmarks.MSS_CHAT, "unsafe", 2, "q2"),
+                ("embodied", benchmarks.MSS_ROBOT, "safe", 1, "si"),
+                ("embodied", benchmarks.MSS_ROBOT, "unsafe", 1, "ui"),
+            )
         ],
     ),
     "siuo": (
@@ -440,21 +423,12 @@ def test_original_layout_to_prompts(name, tmp_path, pyarrow):
 
 def test_which_image_each_record_shows(tmp_path, pyarrow):
     """Guards: the safe half shown the unsafe image; embedded images that change places."""
-    by_id = {
-        record.id: record
-        for record in benchmarks.read_benchmark(
-            "mssbench", put(tmp_path / "mss", LAYOUTS["mssbench"][0])
-        )
-    }
-    shown = {key.split("/")[1]: Path(record.images[0]).name for key, record in by_id.items()}
-    assert shown == {
-        "chat-1-1-safe": "1.jpg",
-        "chat-1-2-safe": "1.jpg",
-        "chat-1-1-unsafe": "2.jpg",
-        "chat-1-2-unsafe": "2.jpg",
-        "embodied-1-1-safe": "3.png",
-        "embodied-1-1-unsafe": "4.png",
-    }
+    folder = put(tmp_path / "mss", LAYOUTS["mssbench"][0])
+    records = benchmarks.read_benchmark("mssbench", folder)
+    shown = [Path(record.images[0]).name for record in records]
+    assert shown == ["1.jpg", "1.jpg", "2.jpg", "2.jpg", "3.png", "4.png"]  # safe, unsafe, ...
+    assert [record.meta["category"] for record in records] == ["physical"] * 4 + ["c"] * 2
+    assert [record.meta.get("expected") for record in records[1:3]] == ["comply", None]
     records = benchmarks.read_benchmark("mmmu", put(tmp_path / "mmmu", LAYOUTS["mmmu"][0]))
     assert [
         [PIL.Image.open(path).getpixel((0, 0)) for path in record.images] for record in records
