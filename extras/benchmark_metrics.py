@@ -27,13 +27,13 @@ KEY_PHRASES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answ
 
 # What an answer stands behind, and the marks around it.
 BEHIND = (
-    r"(?i:(?:answer|option|choice)s?(?: letter)?(?:\s+(?:is|are|would be|should be)\b|\s*[:=：])"
+    r"(?i:(?:answer|option|choice)(?: letter)?(?:\s+(?:is|would be|should be)\b|\s*[:=：])"
     r"|答案\s*[是为:：]|选\s*[项择]?\s*[是为:：]?)"
 )
 AROUND = " \t\n\"'`*$.:："
 # A choice's letter: (B), B), "B." or a bare B at the end; not the B of "B major".
 LETTER = r"(?:option |choice |letter )?\(?([A-Z])(?=[*$\"']*(?:[.,)。]|$| \())"
-# Choices as whole words: not the 5 of 1.5, -5, 5:30 or 5 \\sqrt 2.
+# Choices as whole words: not the 5 of 1.5, -5, 5:30 or 5 \sqrt 2.
 WHOLE = r"(?<!\w)(?<![-^√\\])(?<!\d[.,:/])({})(?!\w|[.,:/]\d|\s*[\\√^*])"
 
 

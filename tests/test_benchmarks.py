@@ -976,6 +976,7 @@ ROOTS = ["3", r"3 \sqrt 2", "6", r"6 \sqrt 2"]
         ("A red one and (B) a blue one, see (C)", ["red", "blue", "dark blue"], "dark blue", False),
         ("the value is 1.5, as 5:10 says", ["5", "1.5"], "1.5", False),
         ("tokio", ["osaka", "tokyo"], "tokyo", False),
+        ("I see. Choices:\n(A) red\n(B) blue", ["red", "blue"], "blue", False),
     ],
 )
 def test_mathvista_choice(text, choices, expected, sure):
