@@ -931,6 +931,7 @@ def test_pope_f1():
         ("(A) or rather (C).", "C"),
         ("I take B ", "B"),
         ("B. green", "B"),
+        ("A) red apple", "A"),
         ("**D**", "D"),
         ("Answer: A", "A"),
         ("A red apple lies there", "A"),
