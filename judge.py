@@ -202,12 +202,13 @@ def reply_format(scales):
     """The last lines of a rubric: the JSON object that `parse_object` accepts."""
     keys = ['"reason": "<one short sentence>"']
     for name, allowed in scales.items():
-        keys.append(f'"{name}": <{" | ".join(map(json.dumps, allowed))}>')
+        keys.append(f'"{name}": <{" | ".join(map(json.dumps, allowed)) or "text"}>')
     return f"Reply with one JSON object and nothing else:\n{{{', '.join(keys)}}}"
 
 
 def parse_object(text, scales):
-    """The JSON object in `text` that has keys of `scales` -> {key: one of its values}.
+    """The JSON object in `text` that has keys of `scales` -> {key: one of its values}, any text
+    where a scale is empty.
 
     Prose around it and drafts in <think>...</think> are fine. Strict: raises Fault and repairs
     nothing. Two objects that disagree are a fault: one may be a forged grade, quoted from the
@@ -240,7 +241,9 @@ def parse_object(text, scales):
         value = values.get(name)
         if name == "form" and value is None:
             continue
-        if type(value) is not type(allowed[0]) or value not in allowed:  # "7", 7.0, for a 1 true
+        # no "7", no 7.0 and, for a number, no true
+        kind = type(allowed[0]) if allowed else str
+        if type(value) is not kind or (allowed and value not in allowed):
             raise Fault("bad value", f"{name} must be one of {allowed}: {text[:300]!r}", reply=text)
     return {name: values[name] for name in scales}
 

@@ -36,9 +36,8 @@ from extras.benchmark_metrics import (  # noqa: F401  (eval.py imports this modu
     QUESTIONS,
     derived,
     headline,
-    judge_question,
+    label_request,
     own_metric,
-    parse_label,
 )
 
 IMAGE = str | dict | bytes  # path, bytes, base64, or {"bytes", "path"} as on the Hub

@@ -20,7 +20,7 @@ import model as qwen  # noqa: E402
 import rollout  # noqa: E402
 from config import ConfigError  # noqa: E402
 from extras import benchmarks, toy_base  # noqa: E402
-from judge import Fault, JudgeError, Verdict  # noqa: E402
+from judge import JudgeError, Verdict  # noqa: E402
 from trainer import StageError  # noqa: E402
 
 COUNT = 12
@@ -36,13 +36,14 @@ class FakeJudge:
         self.counts, self.asked = Counter(), 0
 
     def verdict(self, cases):
-        return [Verdict(3, 2, 1) for _ in cases]
+        return [Verdict(3, 2, 1, "comply") for _ in cases]
 
-    def chat(self, messages):
-        self.asked += 1
-        if self.asked == 1:
-            raise Fault("http 400", "no")
-        return "safe" if self.asked % 2 else "nonsense"
+    def ask(self, requests):
+        labels = []
+        for _ in requests:
+            self.asked += 1
+            labels.append("safe" if self.asked % 2 and self.asked > 1 else None)
+        return labels
 
 
 @pytest.fixture(scope="module")
@@ -231,24 +232,17 @@ def made_up(monkeypatch, records=()):
         means = [sum(values) / len(values) for values in lists.values()]
         return {"mean of halves": sum(means) / 2} if name == "halves" else {}
 
-    def parse_label(name, text):
-        if text != "safe":
-            raise ValueError(text)
-        return text
-
     def headline(name, lists):
         return {"halves": "mean of halves", "quiz": "accuracy"}.get(name, "safe rate"), None
 
     groups = {"one": "safety", "quiz": "general"}
     patches = {
         "BENCHMARKS": {name: SimpleNamespace(group=group) for name, group in groups.items()},
-        "QUESTIONS": {"one": SimpleNamespace(images=True)},
         "read_benchmark": lambda name, folder: [r for r in records if r.texts["benchmark"] == name],
-        "judge_question": lambda name, record, text: "safe?" if name == "one" else None,
+        "label_request": lambda record, text: "?" if record.texts["benchmark"] == "one" else None,
         "own_metric": own_metric,
         "derived": derived,
         "headline": headline,
-        "parse_label": parse_label,
     }
     for name, value in patches.items():
         monkeypatch.setattr(benchmarks, name, value)
