@@ -176,7 +176,7 @@ def test_system_prompts_are_short_and_hold_what_they_should():
     assert len(generic.split()) <= 40 and len(toolkit.split()) <= 170
     assert not any(name in generic for name in protocol.TOOLS)
     assert all(name in toolkit for name in (*protocol.TOOLS, *protocol.TIERS))
-    for topology in protocol.TOPOLOGIES:
+    for topology in ("linear", "mesh", "shield", "loop"):
         plan = protocol.plan_from_dict(PLAN | {"topology": topology})
         planned = data.system_prompt("planned", plan)
         assert len(planned.split()) <= 130 and protocol.PERSONAS[plan.persona] in planned
