@@ -7,7 +7,6 @@ from tiny_model import BANNED, EOS, as_transformers, features_of, prompt, prompt
 from tiny_model import reference_logprobs, tiny_model, with_lora, words
 
 import rollout
-from data import Prompt
 from model import adapters_off, lora_parameters, token_logprobs
 
 
@@ -123,19 +122,6 @@ def test_decoding_asks_the_device_for_nothing():
     assert hidden.is_meta and hidden.shape == (3, 64)
 
 
-def test_decoding_writes_one_entry():
-    """Guards the picture: a token's keys and values go to its row's entry `lengths`, in every
-    layer, and nowhere else."""
-    model = stopping_model()
-    rows = rollout.new_rows(model, 3, 40, 24)
-    rows.lengths += torch.tensor([4, 9, 30])
-    with torch.inference_mode():
-        rollout.decode(model, rows, 32)
-    written = (rows.cache != 0).any(dim=3).any(dim=-1)  # (L, 2, n, X)
-    for row, length in enumerate([4, 9, 30]):
-        assert written[:, :, row].nonzero()[:, 2].tolist() == [length] * 4
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1e-4])
 def test_cold_samples_are_greedy(temperature):
     """Guards the whole loop against transformers' generate, with 0, 1 and 2 images."""
@@ -207,15 +193,3 @@ def test_arguments_that_make_no_sense():
         with pytest.raises(ValueError, match="1 prompts and . seeds"):
             draw(model, [prompt(1)], **settings)
     assert draw(model, []) == []
-
-
-def test_a_response_continues_as_a_prompt():
-    """Guards longer contexts: a prompt that ends in an earlier response predicts what the
-    response's own end predicts."""
-    model, item, response = stopping_model(), prompts()[1], words(5, 3)
-    samples = draw(model, [Prompt(item.ids + tuple(response), item.images)])
-    longer = [response + one.tokens for one in samples[0]]
-    logprobs, _ = token_logprobs(model, [(item, longer)], features_of(model, [item]))
-    for row, one in zip(logprobs, samples[0]):
-        expected = torch.tensor(one.logprobs)
-        assert (row[5 : 5 + len(expected)] - expected).abs().max() < 1e-5
