@@ -92,11 +92,8 @@ def test_two_ranks_equal_one(run, world, tmp_path):
     data.write_jsonl(folder / "eval" / "base-generic.jsonl", [expected[5] | {"images": []}])
     words = "-m torch.distributed.run --standalone --nproc_per_node 2 eval.py".split()
     command = [sys.executable, *words, "--out", str(folder), *FLAGS]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("generic prompt: share of cases") == 1
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, timeout=120, check=True)
+    assert done.stdout.count(b"generic prompt: share of cases") == 1
     for row, other in zip(expected, rows_of(folder), strict=True):
         assert (row["id"], row["response"]) == (other["id"], other["response"])
 
@@ -115,9 +112,7 @@ def test_a_dead_judge_stops_and_keeps_what_is_judged(run, tmp_path, monkeypatch)
 def save_stage(world, folder, step):
     """A finished SFT stage whose adapter depends on `step`."""
     model = qwen.load_model(str(world / "base"), torch.float32, "cpu")
-    qwen.attach_lora(model, 2, 4.0, seed=0)
-    for parameter in qwen.lora_parameters(model).values():
-        parameter.data.fill_(0.01 * step)
+    qwen.attach_lora(model, 2, 4.0, seed=step)
     qwen.save_adapter(model, folder / "sft" / "adapter.safetensors", {"stage": "sft"})
 
 
@@ -235,11 +230,13 @@ def test_benchmarks_from_files_to_tables(run, world, tmp_path, monkeypatch):
         return [replace(each, id=f"{name}/{each.id}", plan=None, texts=texts) for each in own]
 
     class Labelling(HashJudge):
+        replies = ["nonsense", '{"label": 3}', Fault("http 400", "no"), "nonsense"]
+
         def chat(self, messages):
-            self.asked = getattr(self, "asked", 0) + 1
-            if self.asked == 1:
-                raise Fault("http 400", "no")
-            return '{"label": 3}' if self.asked == 3 else "nonsense"
+            reply = self.replies.pop()
+            if isinstance(reply, Fault):
+                raise reply
+            return reply
 
     monkeypatch.setattr(benchmarks, "read_benchmark", read)
     monkeypatch.setattr(evaluation, "make_judge", lambda config: Labelling(fail_every=10**9))
@@ -248,7 +245,7 @@ def test_benchmarks_from_files_to_tables(run, world, tmp_path, monkeypatch):
     folder = run("bench", *words, *nothing)
     rows = rows_of(folder)
     assert [row["safety"] for row in rows] == [3] * 4 + [None] * 4
-    assert [row["label"] for row in rows] == [None, None, 3, None] + [None] * 4
+    assert [row["label"] for row in rows] == [None, None, 3] + [None] * 5
     assert [row["label_asked"] for row in rows] == [True] * 4 + [False] * 4
     results = {row["benchmark"]: row for row in evaluation.read_results(folder)}
     assert results["beavertails-v"]["unlabelled"]["value"] == 0.75
