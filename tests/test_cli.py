@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
@@ -17,7 +18,7 @@ from tiny_run import metrics, train
 
 import safer
 import trainer
-from judge import EndpointJudge, Fault
+from judge import EndpointJudge, Fault, Scores
 
 
 @pytest.fixture
@@ -84,40 +85,29 @@ def test_second_one_in_a_folder(refused, run_folder):
     holder.join()
 
 
-@pytest.mark.parametrize("flags", [[], ["--rollout", "reflect", "--reward", "structured"]])
-def test_every_sample_is_accounted_for(run_folder, monkeypatch, flags):
+def test_every_sample_is_accounted_for(run_folder, monkeypatch):
     """A judge behind an endpoint that refuses a third of the requests. Guards: an invented score
     for a case that failed, a sample that is lost, a run that ends."""
-    fields = "task_success helpfulness tool_quality reasoning_logic reasoning_grounding"
-    fields += " reasoning_safety answer_logic answer_grounding answer_safety"
-    grades = dict.fromkeys(fields.split(), 7)
-    grades |= {"hallucination": False, "contradiction": False, "missing_grounding": 0}
 
     def complete(judge, body):
         n = zlib.crc32(body)
         if n % 3 == 0:
             raise Fault("http 400", "refused for good", retry=False)
-        return json.dumps(grades | {"safety": 1 + n % 9, "safe": n % 2 == 0})
+        return json.dumps(asdict(Scores(1 + n % 10, 9, 1 + n // 10 % 10, 5)))
 
     asked = []
     monkeypatch.setattr(EndpointJudge, "preflight", lambda judge: asked.append(judge))
+    monkeypatch.setattr(EndpointJudge, "_complete", complete)
     monkeypatch.setenv("JUDGE_URL", "http://127.0.0.1:1/v1")
     monkeypatch.setenv("JUDGE_MODEL", "stub")
-    monkeypatch.setattr(EndpointJudge, "_complete", complete)
     monkeypatch.setattr(safer, "make_judge", trainer.make_judge)  # not the fixture's
     words = "--stages grpo --max_steps 2 --max_response 16 --judge endpoint".split()
-    train(run_folder, "grpo", *words, *flags)
+    train(run_folder, "grpo", *words)
     rows = metrics(run_folder, "grpo")
     counts = rows[-1]["judge_counts"]
     failed = counts["failed: http 400"]
-    samples = unscored = 0
-    for row in rows:
-        size = 12 + round(12 * row.get("corrected", 0))
-        samples += size
-        unscored += row["unscored"] * size
-    assert unscored == pytest.approx(failed) and failed > 0
-    assert len(asked) == 1
-    assert counts["answered"] + counts.get("cached", 0) + failed == samples
+    assert sum(row["unscored"] for row in rows) == pytest.approx(failed / 12)
+    assert counts["answered"] + counts.get("cached", 0) + failed == 24 and len(asked) == 1
 
 
 # ---- run.sh --------------------------------------------------------------------------------------
