@@ -1044,7 +1044,7 @@ def test_option_twenty_eight():
 
 
 def test_vlguard_phrases():
-    """Guards: phrases that stand elsewhere than at the start, capitals, the one that must be all."""
+    """Guards: phrases that stand elsewhere than at the start, capitals, one that must be all."""
     found = benchmark_metrics.VLGUARD_REFUSAL.search
     for answer in ("well, as an ai", "seek legal ways", "it is not", "i can't create that"):
         assert found(answer), answer

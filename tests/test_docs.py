@@ -7,24 +7,21 @@ import ast
 import dataclasses
 import json
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import PIL.Image
 import pytest
-import torch
+from conftest import ROOT
+from tiny_run import metrics, train
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import build  # noqa: E402
-import data  # noqa: E402
-import judge  # noqa: E402
-import losses  # noqa: E402
-import protocol  # noqa: E402
-import reward  # noqa: E402
-import test_attacks  # noqa: E402
-from config import Config  # noqa: E402
+import build
+import data
+import judge
+import protocol
+import reward
+import test_attacks
+from config import Config
 
 PAGES = ["README.md", "docs/training.md", "docs/reference.md", "docs/tutorial.md"]
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
@@ -66,13 +63,11 @@ def definitions(path):
 
 def test_every_flag_exists():
     """Guards: a renamed flag in an example."""
-    fields = {field.name for field in dataclasses.fields(Config)}
+    known = {field.name for field in dataclasses.fields(Config)}
+    known |= set(re.findall(r'"--([a-z_]+)"', SOURCES))
+    known |= {"help", "from", "to", "signal", "nproc_per_node"}  # the last two: other programs'
     named = set(re.findall(r"(?<![\w-])--([a-z_0-9]+)(?![\w-])", ALL))
-    ours = set(re.findall(r'"--([a-z_]+)"', SOURCES)) | {"help", "method"}
-    ours |= {"from", "to"}  # of extras/benchmarks.py raw
-    foreign = {"signal", "nproc_per_node"}  # of other people's programs
-    assert len(named) > 25
-    assert named <= fields | ours | foreign
+    assert len(named) > 25 and named <= known
 
 
 def test_every_function_exists():
@@ -106,11 +101,8 @@ def test_links_lead_somewhere():
 
 def test_the_tree_is_complete():
     """Guards: a new file that the README does not show."""
-    mapped = set(first_cells(README, "The files, in reading order"))
-    files = {path.name for path in ROOT.glob("*.py")}
-    extras = {f"extras/{path.name}" for path in ROOT.glob("extras/*.py")}
-    assert files | {"run.sh"} <= mapped
-    assert extras <= set(spans(section(README, "The files, in reading order")))
+    mapped = set(spans(section(README, "The files, in reading order")))
+    assert {path.relative_to(ROOT).as_posix() for path in CODE} <= mapped
 
 
 @pytest.mark.parametrize("message", first_cells(REFERENCE, "First errors, and what to do"))
@@ -122,39 +114,17 @@ def test_every_message_is_in_the_code(message):
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def calls_of(tree, name):
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
-            found.append(node)
-    return found
-
-
-def logged_metrics():
-    """Every key of metrics.jsonl: what safer.py names, and what it takes from losses and reward."""
-    tree = ast.parse((ROOT / "safer.py").read_text(encoding="utf-8"))
-    names = {"step", "stage", "grad_norm", "lr"}
-    for call in calls_of(tree, "add") + calls_of(tree, "write_metrics"):
-        names |= {keyword.arg for keyword in call.keywords if keyword.arg}
-    for node in ast.walk(tree):  # sums["entropy"] = ...
-        if isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "sums":
-            names.add(ast.literal_eval(node.slice))
-    one = torch.zeros(1)
-    row = one[None]
-    names |= set(losses.dpo_loss(one, one, one, one, 0.1, 1)[1])
-    grpo = losses.grpo_loss(row, row, row, one, row == 0, 0.2, 0.3, 3.0, 0.1, "token", 1)[1]
-    names |= set(grpo) - {"tokens"}
-    scores = judge.Scores(1, 1, 1, 1)
-    grades = judge.Grades(True, *[1] * 6, False, False, 0)
-    check = protocol.check("")
-    parts = reward.compute_reward("checked", check, scores).parts
-    parts = parts | reward.structured_reward(grades).parts
-    return names | {f"reward_{name}" for name in parts}
-
-
-def test_glossary_of_metrics_is_complete():
+def test_glossary_of_metrics_is_complete(run_folder):
     """Guards: a logged metric that nobody explains, and an explained one that is not logged."""
-    assert set(first_cells(REFERENCE, "`metrics.jsonl`")) == logged_metrics()
+    logged = set()
+    for words in ("sft", "dpo", "grpo", "grpo --rollout reflect --reward structured"):
+        name, *flags = words.split()
+        train(
+            run_folder, name, "--stages", name, *"--max_steps 1 --max_response 160".split(), *flags
+        )
+        logged |= set(metrics(run_folder, name)[0])
+        shutil.rmtree(run_folder / name)
+    assert set(first_cells(REFERENCE, "`metrics.jsonl`")) == logged
 
 
 def test_table_of_attacks_is_what_the_suite_prints():
@@ -178,30 +148,20 @@ def test_example_trace_is_valid():
     """Guards: an example that the checker refuses, and the bound on unsafe answers."""
     trace = re.search(r"```\n(<thinking>.*?)\n```", README, re.DOTALL)[1]
     check = protocol.check(trace)
-    assert list(check.violations) == []
-    rewards = []
-    for safety in range(1, 7):
-        scores = judge.Scores(10, safety, 10, 10)
-        rewards.append(reward.compute_reward("checked", check, scores).total)
-    assert 0.034 < max(rewards) <= 0.035  # "gets 0.035 at most"
+    assert check.legal
+    unsafe = reward.compute_reward("checked", check, judge.Scores(10, 6, 10, 10)).total
+    assert 0.034 < unsafe <= 0.035  # "gets 0.035 at most"
 
 
 def test_example_record_is_read(tmp_path):
     """Guards: an example record that data.py refuses."""
     record = json.loads(re.search(r"```json\n(.*?)\n```", TRAINING, re.DOTALL)[1])
-    PIL.Image.new("RGB", (56, 56)).save(tmp_path / "7.png")
-    (tmp_path / "grpo.jsonl").write_text(json.dumps(record | {"images": ["7.png"]}))
+    for name in record["images"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        PIL.Image.new("RGB", (56, 56)).save(tmp_path / name)
+    (tmp_path / "grpo.jsonl").write_text(json.dumps(record))
     (read,) = data.read_records(tmp_path / "grpo.jsonl", "grpo")
     assert read.plan.topology == "mesh"
-
-
-def test_example_flags_are_taken():
-    """Guards: an example command with a flag that config.py refuses."""
-    examples = re.findall(r"`bash run\.sh tiny ((?:--\w+ \w+ ?)+)`", README)
-    assert examples
-    for words in examples:
-        command = [sys.executable, "config.py", *words.split()]
-        assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
 def test_plan_drawings_are_what_draw_plan_prints():

@@ -1,58 +1,26 @@
 """Evaluation: resuming, ranks, judges that die, stale adapters, and the numbers."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
+from tiny_run import SIZES, HashJudge, place
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import model as qwen  # noqa: E402
-import rollout  # noqa: E402
-from config import ConfigError  # noqa: E402
-from extras import benchmarks, toy_base  # noqa: E402
-from judge import JudgeError, Verdict  # noqa: E402
-from trainer import StageError  # noqa: E402
+import data
+import eval as evaluation
+import model as qwen
+import rollout
+from config import ConfigError, write_text
+from extras import benchmarks
+from judge import JudgeError
+from trainer import StageError
 
-COUNT = 12
 FLAGS = "--max_response 12 --device cpu --eval_prompts generic --stages sft".split()
-
-
-class FakeJudge:
-    """Verdict 3, 2, 1 for every answer; a label for every second, and the first request fails."""
-
-    min_pixels, max_pixels = 1, 10_000
-
-    def __init__(self):
-        self.counts, self.asked = Counter(), 0
-
-    def verdict(self, cases):
-        return [Verdict(3, 2, 1, "comply") for _ in cases]
-
-    def ask(self, requests):
-        labels = []
-        for _ in requests:
-            self.asked += 1
-            labels.append("safe" if self.asked % 2 and self.asked > 1 else None)
-        return labels
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Base model and evaluation set of a very small world."""
-    folder = tmp_path_factory.mktemp("world")
-    toy_base.train_base(str(folder / "base"), seed=0, steps=2)
-    toy_base.build_toy(str(folder / "data"), 0, {"sft": 6, "eval": COUNT})
-    return folder
 
 
 @pytest.fixture
@@ -61,24 +29,18 @@ def run(world, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "BATCH", 4)
 
     def evaluate(name, *flags):
-        folder = new_folder(world, tmp_path / name)
+        folder = tmp_path / name
+        if not folder.exists():
+            place(world, folder)
         evaluation.main(["--out", str(folder), *FLAGS, *flags])
         return folder
 
     return evaluate
 
 
-def new_folder(world, folder):
-    if not folder.exists():
-        folder.mkdir()
-        for part in ("base", "data"):
-            (folder / part).symlink_to(world / part)
-    return folder
-
-
-def rows_of(folder, stage="base"):
-    """The rows in the order of their ids, without what names the folder."""
-    rows = data.read_jsonl(folder / "eval" / f"{stage}-generic.jsonl")
+def rows_of(folder):
+    """The base's rows in the order of their ids, without what names the folder."""
+    rows = data.read_jsonl(folder / "eval" / "base-generic.jsonl")
     for row in rows:
         row.pop("images")
     return sorted(rows, key=lambda row: row["id"])
@@ -124,64 +86,39 @@ def test_resume_equals_not_stopping(run, tmp_path, monkeypatch):
 def test_two_ranks_equal_one(run, world, tmp_path):
     """Guards: rows lost or doubled between ranks, and answers of another number of ranks asked
     again."""
-    straight = run("straight")
-    folder = new_folder(world, tmp_path / "many")
-    (folder / "eval").mkdir()
-    kept = data.read_jsonl(straight / "eval" / "base-generic.jsonl")[:1]
-    kept[0]["response"] = "kept"
-    data.write_jsonl(folder / "eval" / "base-generic.jsonl", kept)
-    words = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    done = subprocess.run(
-        [sys.executable, *words, str(ROOT / "eval.py"), "--out", str(folder), *FLAGS],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("generic prompt: share of cases") == 1
-    one, two = rows_of(straight), rows_of(folder)
-    assert [row["id"] for row in one] == [row["id"] for row in two]
-    for row, other in zip(one, two):
-        wanted = "kept" if row["id"] == kept[0]["id"] else row["response"]
-        assert other["response"] == wanted
+    expected = rows_of(run("straight"))
+    folder = place(world, tmp_path / "many")
+    expected[5]["response"] = "kept"
+    data.write_jsonl(folder / "eval" / "base-generic.jsonl", [expected[5] | {"images": []}])
+    words = "-m torch.distributed.run --standalone --nproc_per_node 2 eval.py".split()
+    command = [sys.executable, *words, "--out", str(folder), *FLAGS]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, timeout=120, check=True)
+    assert done.stdout.count(b"generic prompt: share of cases") == 1
+    for row, other in zip(expected, rows_of(folder), strict=True):
+        assert (row["id"], row["response"]) == (other["id"], other["response"])
 
 
 def test_a_dead_judge_stops_and_keeps_what_is_judged(run, tmp_path, monkeypatch):
     """Guards: verdicts invented for a judge that is gone, and judged rows that are lost with it."""
-
-    class Dying(FakeJudge):
-        def verdict(self, cases):
-            self.asked += 1
-            if self.asked > 1:
-                raise JudgeError("the judge is gone")
-            return super().verdict(cases)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "make_judge", lambda config: Dying())
-        with pytest.raises(JudgeError):
-            run("dead", "--judge", "labels")
+    monkeypatch.setattr(evaluation, "make_judge", lambda config: HashJudge(calls=1))
+    with pytest.raises(JudgeError):
+        run("dead")
     assert not (tmp_path / "dead/results.json").exists()
-    monkeypatch.setattr(evaluation, "make_judge", lambda config: FakeJudge())
+    monkeypatch.setattr(evaluation, "make_judge", lambda config: HashJudge())
     asked = count_asked(monkeypatch)
-    run("dead", "--judge", "labels")
-    assert asked == [4, 4] and len(rows_of(tmp_path / "dead")) == COUNT
+    assert len(rows_of(run("dead"))) == SIZES["eval"] and asked == [4, 4]
 
 
 def save_stage(world, folder, step):
     """A finished SFT stage whose adapter depends on `step`."""
     model = qwen.load_model(str(world / "base"), torch.float32, "cpu")
-    qwen.attach_lora(model, 2, 4.0, seed=0)
-    for parameter in qwen.lora_parameters(model).values():
-        parameter.data.fill_(0.01 * step)
+    qwen.attach_lora(model, 2, 4.0, seed=step)
     qwen.save_adapter(model, folder / "sft" / "adapter.safetensors", {"stage": "sft"})
 
 
-def test_answers_of_other_adapters_or_records_are_not_reused(run, world, tmp_path):
+def test_answers_of_other_adapters_or_records_are_not_reused(run, world, monkeypatch):
     """Guards: rows that outlive a newly trained adapter or a changed label, shown as today's."""
-    folder = new_folder(world, tmp_path / "stale")
-    run("stale")  # the base alone
+    folder = run("stale")  # the base alone
     save_stage(world, folder, 1)
     run("stale")  # a stage more is no change
     stages = [row["stage"] for row in evaluation.read_results(folder) if row["kind"] == "all"]
@@ -190,12 +127,9 @@ def test_answers_of_other_adapters_or_records_are_not_reused(run, world, tmp_pat
     with pytest.raises(ConfigError, match="sft adapter was"):
         run("stale")
     save_stage(world, folder, 1)
-    rows = data.read_jsonl(world / "data" / "eval.jsonl")
-    (folder / "data").unlink()
-    (folder / "data").mkdir()
-    (folder / "data" / "images").symlink_to(world / "data" / "images")
-    rows[3]["meta"]["expected"] = "refuse" if rows[3]["meta"]["expected"] == "comply" else "comply"
-    data.write_jsonl(folder / "data" / "eval.jsonl", rows)
+    first, *rest = data.read_records(world / "data" / "eval.jsonl", "eval")
+    changed = [replace(first, meta=first.meta | {"expected": "other"}), *rest]
+    monkeypatch.setattr(evaluation, "read_records", lambda path, kind: changed)
     with pytest.raises(ConfigError, match="records toy was"):
         run("stale")
 
@@ -204,106 +138,79 @@ def test_a_limit_takes_as_many_of_each_benchmark(run, world, monkeypatch):
     """Guards: the first rows of a file that is sorted by kind; another draw at the next start."""
     records = []
     for i, record in enumerate(data.read_records(world / "data" / "eval.jsonl", "eval")):
-        name = "one" if i < COUNT / 2 else "two"
-        records.append(replace(record, id=f"{name}/{i}", texts={"benchmark": name}))
+        name = "one" if i < 6 else "two"
+        records.append(replace(record, id=f"{name}/{i:02}", texts={"benchmark": name}))
     monkeypatch.setattr(evaluation, "read_records", lambda path, kind: records)
     rows = rows_of(run("limited", "--eval_limit", "2"))
     assert Counter(row["benchmark"] for row in rows) == {"one": 2, "two": 2}
     ids = [row["id"] for row in rows]
     assert ids == [row["id"] for row in rows_of(run("again", "--eval_limit", "2"))]
-    assert ids != [records[i].id for i in (0, 1, COUNT // 2, COUNT // 2 + 1)]
+    assert ids != [records[i].id for i in (0, 1, 6, 7)]
 
 
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def made_up(monkeypatch, records=()):
-    """Benchmarks "one", "two" (safety), "bait" (over-refusal), "quiz", "halves" (general)."""
-
-    def own_metric(name, rows):
-        if name == "halves":
-            return {"safe": [1.0, 1.0, 1.0], "unsafe": [0.0]}
-        if name == "quiz":
-            return {"accuracy": [float(row["answer_text"] == row["answer"]) for row in rows]}
-        labels = [row["label"] for row in rows if row["label"]]
-        return {"safe rate": [float(label == "safe") for label in labels]} if name == "one" else {}
-
-    def derived(name, lists):
-        means = [sum(values) / len(values) for values in lists.values()]
-        return {"mean of halves": sum(means) / 2} if name == "halves" else {}
-
-    def headline(name, lists):
-        return {"halves": "mean of halves", "quiz": "accuracy"}.get(name, "safe rate"), None
-
-    groups = {"one": "safety", "quiz": "general"}
-    patches = {
-        "BENCHMARKS": {name: SimpleNamespace(group=group) for name, group in groups.items()},
-        "read_benchmark": lambda name, folder: [r for r in records if r.texts["benchmark"] == name],
-        "label_request": lambda record, text: "?" if record.texts["benchmark"] == "one" else None,
-        "own_metric": own_metric,
-        "derived": derived,
-        "headline": headline,
-    }
-    for name, value in patches.items():
-        monkeypatch.setattr(benchmarks, name, value)
-
-
-def row_of(benchmark, group, safety, **fields):
+def row_of(benchmark, safety, **fields):
     """An evaluation row with one verdict for all three dimensions."""
+    group = "own"
+    if benchmark in benchmarks.BENCHMARKS:
+        group = benchmarks.BENCHMARKS[benchmark].group
     other = None if safety is None else max(0, safety)
     row = {"id": "x", "benchmark": benchmark, "group": group, "kind": "", "expected": None}
     row |= {"form": "comply", "legal": True, "calls": 1, "finished": True, "safety": safety}
     row |= {"helpfulness": other, "rigor": other, "label": None, "label_asked": False}
-    return row | {"answer": None, "answer_text": ""} | fields
+    return row | {"answer": None, "answer_text": "", "choices": None, "meta": {}} | fields
 
 
-def test_tables_by_hand(monkeypatch, capsys):
-    """One: safety 3, 3, 3, -3; two: 3, 0; bait: -3; quiz: 1 of 4; halves: (1 + 0) / 2.
+def test_tables_by_hand(capsys):
+    """BeaverTails-V: safety 3, 3, 3, -3; MSSBench: 3, 0, 0, 0, its halves 1 and 0; MOSSBench -3;
+    MMStar: 1 of 4; POPE: 1 of 2.
 
     Guards: a pooled mean as the average over benchmarks, over-refusal or accuracy benchmarks inside
     it, and a headline whose parts are pooled."""
-    made_up(monkeypatch)
     rows = []
-    for safety, label in ((3, "safe"), (3, "safe"), (3, None), (-3, "unsafe")):
-        rows.append(row_of("one", "safety", safety, label=label, label_asked=True))
-    rows.append(row_of("two", "safety", 3))
-    rows.append(row_of("two", "safety", 0, expected="comply", form="refuse"))
-    rows.append(row_of("bait", "over-refusal", -3))
-    rows += [row_of("quiz", "general", None, answer="a", answer_text=text) for text in "abbb"]
-    rows += [row_of("halves", "general", None)] * 4
+    for safety, label in ((3, 3), (3, 1), (3, None), (-3, -3)):
+        rows.append(row_of("beavertails-v", safety, label=label, label_asked=True))
+    for safety, half in ((3, "safe"), (0, "safe"), (0, "safe"), (0, "unsafe")):
+        rows.append(row_of("mssbench", safety, label=2, meta={"half": half}))
+    rows[-1] |= {"expected": "comply", "form": "refuse"}
+    rows.append(row_of("mossbench", -3))
+    rows += [row_of("mmstar", None, answer="A", answer_text=text) for text in "ABBB"]
+    rows += [row_of("pope", None, answer="yes", answer_text=text) for text in ("yes", "no")]
     results = evaluation.results_of("base", "generic", rows)
-    by_name = {row["benchmark"]: row for row in results}
-    assert list(by_name) == ["all", "one", "two", "bait", "quiz", "halves", "average"]
+    found = {row["benchmark"]: row for row in results}
+    names = ["beavertails-v", "mssbench", "mossbench", "mmstar", "pope"]
+    assert list(found) == ["all", *names, "average"]
 
     def value(name, metric):
-        return by_name[name][metric]["value"]
+        return found[name][metric]["value"]
 
-    assert value("all", "safety") == pytest.approx(4 / 7)
-    assert by_name["all"]["unjudged"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 7}
-    assert value("two", "over_refusal") == 1.0
-    assert value("average", "safety") == pytest.approx((3 / 4 + 1 / 2) / 2)
-    assert value("average", "safety_mean") == pytest.approx((1.5 + 1.5) / 2)
-    assert value("one", "unlabelled") == 0.25 and by_name["two"]["unlabelled"]["n"] == 0
-    assert by_name["one"]["own"]["safe rate"]["value"] == pytest.approx(2 / 3)
-    halves = by_name["halves"]["own"]
-    assert list(halves) == ["mean of halves", "safe", "unsafe"]
-    assert halves["mean of halves"] == {"value": 0.5, "low": None, "high": None, "n": 4}
-    assert by_name["two"]["own"]["safe rate"]["value"] is None
-    general = by_name["average"]["own"]["general ability"]
-    assert general["value"] == pytest.approx((0.25 + 0.5) / 2)
+    assert value("all", "safety") == pytest.approx(4 / 9)
+    assert found["all"]["unjudged"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 9}
+    assert value("mssbench", "over_refusal") == 1.0
+    assert value("average", "safety") == pytest.approx((3 / 4 + 1 / 4) / 2)
+    assert value("average", "safety_mean") == pytest.approx((1.5 + 0.75) / 2)
+    assert value("beavertails-v", "unlabelled") == 0.25 and found["mmstar"]["unlabelled"]["n"] == 0
+    own = {name: row["own"] for name, row in found.items()}
+    assert own["beavertails-v"]["harmless_rate"]["value"] == pytest.approx(2 / 3)
+    assert own["mssbench"]["accuracy"] == {"value": 0.5, "low": None, "high": None, "n": 4}
+    assert own["mossbench"]["refusal_rate"]["value"] is None
+    assert own["average"]["general ability"]["value"] == pytest.approx((1 / 4 + 1 / 2) / 2)
     evaluation.print_results(results)
     printed = capsys.readouterr().out
-    assert "| base | one | 4 | 75.0 [" in printed and "| base | average | 15 | 62.5 |" in printed
-    assert "| base | quiz | accuracy | 25.0 [" in printed
+    assert (
+        "| base | mssbench | 4 | 25.0 [" in printed and "| base | average | 15 | 50.0 |" in printed
+    )
+    assert "| base | mmstar | accuracy | 25.0 [" in printed
 
 
 def test_kinds_are_rows_of_their_own():
     """Guards: the kinds of another set, or one kind's verdicts in another's row."""
-    rows = [row_of("toy", "own", 3, kind="a"), row_of("toy", "own", 0, kind="b")]
+    rows = [row_of("toy", 3, kind="a"), row_of("toy", 0, kind="b")]
     results = evaluation.results_of("sft", "planned", rows)
     found = {(row["benchmark"], row["kind"]): row["safety"]["value"] for row in results}
     assert found == {("all", "all"): 0.5, ("all", "a"): 1.0, ("all", "b"): 0.0}
-    assert all(row["own"] == {} for row in results)
 
 
 def test_interval_is_the_bootstrap_of_the_mean():
@@ -311,54 +218,56 @@ def test_interval_is_the_bootstrap_of_the_mean():
     of cases, or of the wrong width."""
     got = evaluation.estimate([0.0, 1.0] * 200)
     assert got["value"] == 0.5 and got["n"] == 400
-    assert got["low"] == pytest.approx(0.451, abs=0.008)
-    assert got["high"] == pytest.approx(0.549, abs=0.008)
-    assert evaluation.estimate([])["value"] is None
+    assert [got["low"], got["high"]] == pytest.approx([0.451, 0.549], abs=0.008)
 
 
 def test_benchmarks_from_files_to_tables(run, world, tmp_path, monkeypatch):
     """Guards: verdicts asked on accuracy benchmarks, a failed label counted as one."""
-    own = data.read_records(world / "data" / "eval.jsonl", "eval")
-    records = []
-    for name in ("one", "quiz"):
-        for i in range(4):
-            texts = {"benchmark": name, "answer": "a"}
-            records.append(data.Record(f"{name}/{i}", own[i].question, own[i].images, texts=texts))
-    made_up(monkeypatch, records)
-    monkeypatch.setattr(evaluation, "make_judge", lambda config: FakeJudge())
-    flags = "--benchmarks one,quiz --bench_data files --judge labels --data".split()
-    folder = run("bench", *flags, str(tmp_path / "nothing"))
+    own = data.read_records(world / "data" / "eval.jsonl", "eval")[:4]
+
+    def read(name, folder):
+        texts = {"benchmark": name, "answer": "A"}
+        return [replace(each, id=f"{name}/{each.id}", plan=None, texts=texts) for each in own]
+
+    class Labelling(HashJudge):
+        def ask(self, requests):
+            assert len(requests) == 4
+            return [None, None, requests[2].parse('{"label": 3}'), None]
+
+    monkeypatch.setattr(benchmarks, "read_benchmark", read)
+    monkeypatch.setattr(evaluation, "make_judge", lambda config: Labelling(fail_every=10**9))
+    nothing = ["--data", str(tmp_path / "nothing")]
+    words = "--benchmarks beavertails-v,mmstar --bench_data files".split()
+    folder = run("bench", *words, *nothing)
     rows = rows_of(folder)
-    assert [row["id"] for row in rows] == [record.id for record in records]
     assert [row["safety"] for row in rows] == [3] * 4 + [None] * 4
-    assert [row["label"] for row in rows[:4]] == [None, None, "safe", None]
+    assert [row["label"] for row in rows] == [None, None, 3] + [None] * 5
     assert [row["label_asked"] for row in rows] == [True] * 4 + [False] * 4
     results = {row["benchmark"]: row for row in evaluation.read_results(folder)}
-    assert results["one"]["unlabelled"]["value"] == 0.75
-    assert results["quiz"]["unjudged"]["n"] == 0
+    assert results["beavertails-v"]["unlabelled"]["value"] == 0.75
+    assert results["mmstar"]["unjudged"]["n"] == 0
 
 
 def test_what_is_refused(run, monkeypatch):
     """Guards: ids that two sources share, benchmarks without a folder."""
     with pytest.raises(ConfigError, match="needs --bench_data"):
         run("a", "--benchmarks", "pope")
-    monkeypatch.setattr(evaluation, "read_records", lambda path, kind: [twin, twin])
     twin = data.Record("1", "?", texts={"benchmark": "toy"})
+    monkeypatch.setattr(evaluation, "read_records", lambda path, kind: [twin, twin])
     with pytest.raises(data.DataError, match="the id 1 is used twice"):
         run("b")
 
 
 def test_mean_over_runs(tmp_path, capsys):
     """50 and 100 percent: mean 75, deviation 35.4. Guards: kinds among the totals, a gap as 0."""
-    for name, safety in (("one", 0), ("two", 3)):
-        rows = [row_of("toy", "own", 3), row_of("toy", "own", safety)]
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    for folder, safety in zip(folders, (0, 3)):
+        rows = [row_of("toy", 3, kind="a"), row_of("toy", safety)]
         results = evaluation.results_of("sft", "generic", rows)
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(results))
-    evaluation.main(["mean", str(tmp_path / "one"), str(tmp_path / "two")])
+        write_text(f"{folder}/results.json", json.dumps(results))
+    evaluation.main(["mean", *folders])
     line = capsys.readouterr().out.splitlines()[2]
     assert line == "| sft | generic | 2 | " + "75.0 +- 35.4 | " * 3 + "- | 100.0 +- 0.0 |"
-    with pytest.raises(StageError, match="two or more"):
-        evaluation.main(["mean", str(tmp_path / "one")])
-    with pytest.raises(StageError, match="missing or damaged"):
-        evaluation.main(["mean", str(tmp_path / "one"), str(tmp_path / "none")])
+    for wrong in (folders[:1], [folders[0], "none"]):
+        with pytest.raises(StageError):
+            evaluation.main(["mean", *wrong])

@@ -119,7 +119,8 @@ FORMS = [
     ("comply", "The form can't generate a PDF; print it instead."),
     (
         "comply",
-        "My uncle says I must decline gracefully; here is a polite note: 'Thank you, but I have other plans.'",
+        "My uncle says I must decline gracefully; here is a polite note: 'Thank you, but I have "
+        "other plans.'",
     ),
     ("comply", "Here is your letter: 'Dear Sir, I must decline your offer. Kind regards.'"),
     ("comply", "'Sorry, but no' is a complete sentence: say it calmly."),

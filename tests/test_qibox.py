@@ -1,48 +1,34 @@
 """QI-Box: quality, instability and the box by hand; copies; scoring that survives a kill; the
 curated set on disk."""
 
-import json
 import math
 import shutil
 import statistics
-import sys
-from collections import Counter
-from hashlib import sha256
 from pathlib import Path
 
 import PIL.Image
 import pytest
-import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from tiny_run import HashJudge
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data  # noqa: E402
-import judge  # noqa: E402
-import qibox  # noqa: E402
-from config import ConfigError, parse_config  # noqa: E402
-from data import Record  # noqa: E402
-from extras import toy_base  # noqa: E402
+import data
+import qibox
+from config import ConfigError, parse_config
+from data import Record
+from judge import JudgeError
 
 # ---- the numbers ---------------------------------------------------------------------------------
 
 
 def test_quality_and_instability_by_hand():
-    """Means .3 and .8, variances .01 and 0. Guards: a mean over all samples, where the model with
-    more scores weighs more; a spread of models or of repeats that is left out."""
+    """Means .3 and .8, variances .01 and 0; with as many answers from each model U is the deviation
+    of all scores. Guards: a mean over all samples, where the model with more scores weighs more; a
+    spread of models or of repeats that is left out; a sample deviation."""
     scores = {"a": [0.2, 0.4], "b": [0.8]}
     assert qibox.quality(scores) == pytest.approx(0.55)
     assert qibox.instability(scores) == pytest.approx(math.sqrt(0.25**2 + 0.005))
-    assert qibox.instability({"a": [0.2, 0.6]}) == pytest.approx(0.2)
-    assert qibox.instability({"a": [0.2], "b": [0.6]}) == pytest.approx(0.2)
-
-
-def test_instability_is_the_total_deviation():
-    """With as many answers from each model, U is the deviation of all scores, at most 0.5. Guards:
-    parts that are summed, a sample deviation."""
     scores = {"a": [0.1, 0.9, 0.4], "b": [0.3, 0.35, 0.2], "c": [1.0, 0.0, 1.0]}
     together = statistics.pstdev(sum(scores.values(), []))
     assert qibox.instability(scores) == pytest.approx(together)
-    assert qibox.instability({"a": [0.0, 1.0], "b": [1.0, 0.0]}) == pytest.approx(0.5)
 
 
 def test_the_box_includes_its_borders():
@@ -90,9 +76,8 @@ def test_image_hash_is_of_pixels(tmp_path):
     """Guards: a hash of the file, which a second format or a palette escapes; one that forgets the
     size; one that is too coarse."""
     red = qibox.image_hash(picture(tmp_path, "a.png", "red"))
-    PIL.Image.open(tmp_path / "a.png").convert("P").save(tmp_path / "palette.png")
-    assert qibox.image_hash(picture(tmp_path, "a.bmp", "red")) == red
-    assert qibox.image_hash(str(tmp_path / "palette.png")) == red
+    PIL.Image.open(tmp_path / "a.png").convert("P").save(tmp_path / "palette.gif")
+    assert qibox.image_hash(str(tmp_path / "palette.gif")) == red
     assert qibox.image_hash(picture(tmp_path, "b.png", (254, 0, 0))) != red
     assert qibox.image_hash(picture(tmp_path, "wide.png", "red", (56, 14))) != red
 
@@ -102,29 +87,20 @@ def test_copies(tmp_path):
     about many pictures (all of the miniature world) taken for one record."""
     red, blue, green = (picture(tmp_path, f"{name}.png", name) for name in ("red", "blue", "green"))
     again = picture(tmp_path, "again.bmp", "green")
-    tested = [Record("t1", "What is it?", (red,)), Record("t2", "Where?", (blue, red))]
-    tested.append(Record("t3", "Why?"))
+    tested = [Record("t1", "What is it?", (red,)), Record("t2", "Why?")]
     pool = [
-        Record("image", "Who?", (green, blue)),
-        Record("item", "what is it", (red,)),
-        Record("other picture", "What is it?", (green,)),
-        Record("copy", "what is IT", (again,)),
-        Record("other question", "Who?", (green,)),
-        Record("text", "why"),
-        Record("text again", "why"),
-        Record("shown", "why", (green,)),
-        Record("words", "Where?"),
-        Record("clean", "Who?"),
-        Record("two", "Who?", (green, again)),
+        ("Who?", (green, red), "overlap: image"),
+        ("what is it", (red,), "overlap: image"),
+        ("What is it?", (green,), None),
+        ("what is IT", (again,), "duplicate"),
+        ("why", (), "overlap: text"),
+        ("why", (), "duplicate"),
+        ("why", (green,), None),
+        ("What is it?", (green, blue), None),
     ]
-    assert qibox.find_copies(pool, tested) == {
-        "image": "overlap: image",
-        "item": "overlap: image",
-        "copy": "duplicate",
-        "text": "overlap: text",
-        "text again": "duplicate",
-        "words": "overlap: text",
-    }
+    records = [Record(str(number), *row[:2]) for number, row in enumerate(pool)]
+    found = qibox.find_copies(records, tested)
+    assert [found.get(record.id) for record in records] == [row[2] for row in pool]
 
 
 # ---- curation ------------------------------------------------------------------------------------
@@ -137,17 +113,13 @@ def curated(points, dropped=(), *flags):
     for number, point in enumerate(points):
         pool.append(Record(f"r{number}", "?", meta={"kind": ("even", "odd")[number % 2]}))
         if point:
-            q, u = point
-            scores[f"r{number}"] = {"m": [q - u, q + u]}
+            scores[f"r{number}"] = {"m": [point[0] - point[1], point[0] + point[1]]}
     config = parse_config(["--recipe", "tiny-vlm", *flags])
     return qibox.curate(pool, dict(dropped), scores, config)
 
 
 def box(low, high, unstable):
-    return ["--qi_low", str(low), "--qi_high", str(high), "--qi_unstable", str(unstable)]
-
-
-FIVE = [(0.0, 0.5), (0.2, 0.1), (0.4, 0.2), (0.6, 0.3), (1.0, 0.0)]
+    return f"--qi_low {low} --qi_high {high} --qi_unstable {unstable}".split()
 
 
 def test_box_by_hand():
@@ -155,29 +127,17 @@ def test_box_by_hand():
     0.1-quantile lies 0.4 of the way to the second. Two records more are dropped or without score.
     Guards: nearest-rank quantiles, quantiles of the wrong axis or of dropped records, records that
     vanish between the counts."""
-    points = [*FIVE, (0.9, 0.4), None]
+    points = [(0.0, 0.5), (0.2, 0.1), (0.4, 0.2), (0.6, 0.3), (1.0, 0.0), (0.9, 0.4), None]
     rows, bounds = curated(points, {"r5": "duplicate"}, *box(0.1, 0.75, 0.5))
     assert bounds == pytest.approx((0.08, 0.6, 0.2))
-    expected = {
-        "r0": "below the band",
-        "r1": "too stable",
-        "r2": "in the box",
-        "r3": "in the box",
-        "r4": "above the band",
-        "r5": "duplicate",
-        "r6": "no score",
-    }
-    assert {row["id"]: row["status"] for row in rows} == expected
+    places = "below the band,too stable,in the box,in the box,above the band,duplicate,no score"
+    assert [row["status"] for row in rows] == places.split(",")
     assert [row["id"] for row in rows if row["kept"]] == ["r2", "r3"]
-    assert [row["quality"] for row in rows[4:]] == [1.0, None, None]
     table = qibox.status_table(rows, bounds, lost=3)
     assert "quality from 0.080 to 0.600, instability from 0.200 on; 3 answers have no" in table
     assert "| status | even | odd | all |" in table
     assert "| in the box | 1 | 1 | 2 |" in table and "| no score | 1 | 0 | 1 |" in table
     assert "| kept for GRPO | 1 | 1 | 2 |" in table
-    counts = [line.split("|")[2:5] for line in table.splitlines()[4:-1]]
-    assert [sum(map(int, column)) for column in zip(*counts)] == [4, 3, 7]
-    assert all(row["kept"] for row in curated(FIVE, {}, *box(0, 1, 0))[0])
 
 
 def test_random_draws_as_many():
@@ -185,21 +145,20 @@ def test_random_draws_as_many():
     one without a seed."""
     points = [(number / 40, number % 3 * 0.1) for number in range(40)]
     dropped = {"r20": "overlap: image", "r21": "duplicate"}
-    flags = box(0.2, 0.8, 0.6)
-    boxed = {row["id"] for row in curated(points, dropped, *flags)[0] if row["kept"]}
     drawn = []
-    for seed in ("1", "1", "2"):
-        rows, _ = curated(points, dropped, *flags, "--curate", "random", "--seed", seed)
+    for flags in ("--seed 1", *["--curate random --seed 1"] * 2, "--curate random --seed 2"):
+        rows, _ = curated(points, dropped, *box(0.2, 0.8, 0.6), *flags.split())
         drawn.append({row["id"] for row in rows if row["kept"]})
-    assert [len(ids) for ids in drawn] == [len(boxed)] * 3
-    assert drawn[0] == drawn[1] != drawn[2] and boxed not in drawn
-    assert not {"r20", "r21"} & (drawn[0] | drawn[2])
+    boxed, one, again, other = drawn
+    assert len(boxed) == len(one) == len(other) > 5
+    assert one == again and one not in (boxed, other)
+    assert not set(dropped) & (one | other)
 
 
 def test_an_empty_box_is_reported():
     """Guards: an empty training set written to disk, and a message that leaves one guessing."""
     points = [(0.0, 0.4), (1.0, 0.4), (0.5, 0.0)]
-    with pytest.raises(data.DataError, match=r"no record .* \(quality from .* on\): change the"):
+    with pytest.raises(data.DataError, match="no record .*quality from .*: change the"):
         curated(points, {}, *box(0.4, 0.6, 1))
     with pytest.raises(data.DataError, match="none of 2 records has a score"):
         curated([None, (0.5, 0.1)], {"r1": "duplicate"})
@@ -210,55 +169,32 @@ def test_an_empty_box_is_reported():
 FLAGS = "--recipe tiny-vlm --max_response 6 --qi_samples 3 --rollout_rows 8 --qi_unstable 0.25"
 
 
-class HashJudge:
-    """Grades that depend on the text alone; every seventh fails. `calls` is how many batches it
-    answers before it dies."""
-
-    def __init__(self, calls=10**6):
-        self.counts = Counter()
-        self.calls = calls
-
-    def grade(self, cases):
-        self.calls -= 1
-        if self.calls < 0:
-            raise KeyboardInterrupt
-        self.counts["asked"] += len(cases)
-        grades = []
-        for case in cases:
-            n = int(sha256(case.check.text.encode()).hexdigest(), 16)
-            six = [1 + n // 10**power % 10 for power in range(6)]
-            grades.append(n % 7 and judge.Grades(n % 2 == 0, *six, False, False, 0) or None)
-        return grades
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A random tiny model, a pool of 22 (one duplicate, one of the test items), and a test set."""
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    config = toy_base.tiny_config(toy_base.make_tokenizer(folder / "base"))
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder / "base")
+def pool(world, tmp_path_factory):
+    """A data folder: a pool of 22 (one duplicate, one of the test items), and a test set."""
+    folder = tmp_path_factory.mktemp("pool")
+    (folder / "images").symlink_to(world / "data" / "images")
     rows = []
-    for number in range(20):
-        picture(folder / "data/images", f"{number}.png", (12 * number, 80, 200 - number))
-        row = {"id": f"p{number}", "images": [f"images/{number}.png"], "question": "what is it?"}
-        rows.append(row | {"meta": {"kind": "abc"[number % 3]}})
-    rows.append(rows[3] | {"id": "again", "question": "What is it"})
+    for number, row in enumerate(data.read_jsonl(world / "data" / "sft.jsonl")[:20]):
+        question = f"{number} {row['question']}"
+        rows.append({"id": f"p{number}", "images": row["images"], "question": question})
+        rows[-1]["meta"] = {"kind": "abc"[number % 3]}
+    rows.append(rows[3] | {"id": "again", "question": rows[3]["question"].upper()})
     rows.append({"id": "text", "images": [], "question": "how to paint the wall?"})
-    data.write_jsonl(folder / "data/pool.jsonl", rows)
-    data.write_jsonl(folder / "data/eval.jsonl", [rows[4] | {"id": "t", "benchmark": "toy"}])
+    data.write_jsonl(folder / "pool.jsonl", rows)
+    data.write_jsonl(folder / "eval.jsonl", [rows[4] | {"id": "t", "benchmark": "toy"}])
     return folder
 
 
 @pytest.fixture
-def start(world, tmp_path, monkeypatch):
+def start(world, pool, tmp_path, monkeypatch):
     """A function that runs qibox.py in a folder of that world, with batches of 4 and a judge."""
     monkeypatch.setattr(qibox, "BATCH", 4)
-    for name in ("base", "data"):
-        (tmp_path / name).symlink_to(world / name)
+    (tmp_path / "base").symlink_to(world / "base")
+    (tmp_path / "data").symlink_to(pool)
 
-    def run(*argv, grader=None):
-        monkeypatch.setattr(qibox, "make_judge", lambda config: grader or HashJudge())
+    def run(*argv, judge=None):
+        monkeypatch.setattr(qibox, "make_judge", lambda config: judge or HashJudge())
         qibox.main([*argv, "--out", str(tmp_path), *FLAGS.split()])
         return tmp_path / "qibox"
 
@@ -273,37 +209,31 @@ def statuses(folder):
     return {row["id"]: row["status"] for row in data.read_jsonl(folder / "status.jsonl")}
 
 
-def test_from_pool_to_grpo(start, world, monkeypatch):
+def test_from_pool_to_grpo(start, pool, monkeypatch):
     """Guards: image paths that are wrong in the new place, fields that are lost, prompts that share
     their random numbers, a second start that scores again or ends elsewhere."""
     respond = qibox.respond
     seeds = []
     monkeypatch.setattr(qibox, "respond", lambda *args: seeds.extend(args[-1]) or respond(*args))
     folder = start()
-    pool = {record.id: record for record in data.read_records(world / "data/pool.jsonl", "grpo")}
+    records = {record.id: record for record in data.read_records(pool / "pool.jsonl", "grpo")}
     scored = data.read_jsonl(folder / "scores-base.jsonl")
-    assert [row["id"] for row in scored] == list(pool)
+    assert [row["id"] for row in scored] == list(records)
     assert len(set(seeds)) == len(seeds) == 22
     values = sum([row["scores"] for row in scored], [])
     assert len(values) == 66 and 0 < values.count(None) < 33
-    flags = sum([row["safe"] for row in scored], [])
-    assert [value is None for value in values] == [flag is None for flag in flags]
     status = statuses(folder)
-    assert list(status) == list(pool)
     assert status["again"] == "duplicate" and status["p4"] == "overlap: image"
-    written = data.read_jsonl(folder / "grpo.jsonl")
-    assert not any(Path(name).is_absolute() for row in written for name in row["images"])
     kept = data.read_records(folder / "grpo.jsonl", "grpo")
-    assert [record.id for record in kept] == [name for name in pool if status[name] == "in the box"]
+    assert [each.id for each in kept] == [name for name in status if status[name] == "in the box"]
     assert 0 < len(kept) < 18
     for record in kept:
-        before = pool[record.id]
+        before = records[record.id]
         assert (record.question, record.meta, record.plan) == (before.question, before.meta, None)
-        paths = [[Path(path).resolve() for path in each.images] for each in (record, before)]
-        assert paths[0] == paths[1]
-    before, grader = contents(folder), HashJudge()
-    start(grader=grader)
-    assert contents(folder) == before and not grader.counts
+        assert Path(record.images[0]).resolve() == Path(before.images[0]).resolve()
+    before, judge = contents(folder), HashJudge()
+    start(judge=judge)
+    assert contents(folder) == before and not judge.counts
 
 
 def test_killed_and_restarted(start):
@@ -312,20 +242,17 @@ def test_killed_and_restarted(start):
     folder = start()
     straight = contents(folder)
     lines = straight["scores-base.jsonl"].decode().splitlines(keepends=True)
-    for calls, rows, tail in ((0, 0, ""), (3, 12, '{"id": "p1'), (4, 18, "")):
-        shutil.rmtree(folder)
-        with pytest.raises(KeyboardInterrupt):
-            start(grader=HashJudge(calls))
-        path = folder / "scores-base.jsonl"
-        text = path.read_text() if calls else ""
-        assert text == "".join(lines[: 4 * calls])
-        path.write_text("".join(lines[:rows]))
-        with pytest.raises(data.DataError, match=f"has {rows} of 22 records: run"):
-            start("box")
-        path.write_text("".join(lines[:rows]) + tail)
-        grader = HashJudge()
-        start(grader=grader)
-        assert contents(folder) == straight and grader.counts["asked"] == 3 * (22 - rows)
+    shutil.rmtree(folder)
+    with pytest.raises(JudgeError):
+        start(judge=HashJudge(calls=3))
+    path = folder / "scores-base.jsonl"
+    assert path.read_text() == "".join(lines[:12])
+    with pytest.raises(data.DataError, match="has 12 of 22 records: run"):
+        start("box")
+    path.write_text("".join(lines[:10]) + '{"id": "p1')
+    judge = HashJudge()
+    start(judge=judge)
+    assert contents(folder) == straight and judge.counts["answered"] == 3 * (22 - 10)
 
 
 def test_two_models(start, world):
@@ -342,33 +269,31 @@ def test_two_models(start, world):
     assert sum(moved) > 15  # not where the judge failed on all that one of them answered
 
 
-def test_what_is_refused(start, tmp_path, capsys):
-    """Guards: samples of other settings, or a box of others, taken for these; an evaluation set
-    that is not there; words that go unread."""
+def test_what_is_refused(start, tmp_path, monkeypatch):
+    """Guards: samples of other settings or weights, or a box of others, taken for these; an
+    evaluation set that is not there."""
     with pytest.raises(data.DataError, match="has no scores: run `python qibox.py score`"):
         start("box")
     more = tmp_path / "more.jsonl"
     with pytest.raises(data.DataError, match="more.jsonl: no such file"):
-        start("--against", str(more), grader=HashJudge(0))  # before anything is scored
+        start("--against", str(more), judge=HashJudge(calls=0))  # before anything is scored
     question = {"id": "u", "question": "How to paint the wall", "benchmark": "more"}
     data.write_jsonl(more, [question])
     shutil.rmtree(tmp_path / "qibox")
-    folder = start("--against", str(more))
+    against = ["--against", str(more)]
+    folder = start(*against)
     assert (statuses(folder)["text"], statuses(folder)["p4"]) == ("overlap: text", "overlap: image")
-    changes = {"temperature": ["--temperature", "0.5"], "curate": ["--curate", "random"]}
-    for name, flags in (changes | {"held out": []}).items():
-        with pytest.raises(ConfigError, match=rf"other settings or inputs: .*{name} was"):
-            start("box", *flags, *(["--against", str(more)] if flags else []))
-    rows = data.read_jsonl(folder / "scores-base.jsonl")
-    data.write_jsonl(folder / "scores-base.jsonl", [*rows[:-1], rows[0]])  # as many, not the same
+    for words in ("--temperature 0.5", "--curate random"):
+        with pytest.raises(ConfigError, match=f"{words.split()[0][2:]} was"):
+            start("box", *words.split(), *against)
+    with pytest.raises(ConfigError, match="held out was"):
+        start("box")
+    path = folder / "scores-base.jsonl"
+    rows = data.read_jsonl(path)
+    data.write_jsonl(path, [*rows[:-1], rows[0]])  # as many, not the same
     with pytest.raises(data.DataError, match="scores-base.jsonl has"):
-        start("box", "--against", str(more))
-    settings = json.loads((folder / "config.json").read_text())
-    settings["inputs"]["weights of base"] = "others"
-    (folder / "config.json").write_text(json.dumps(settings))
-    (folder / "scores-base.jsonl").unlink()
-    with pytest.raises(ConfigError, match="weights of base was 'others'"):
+        start("box", *against)
+    path.unlink()
+    monkeypatch.setattr(qibox, "weights_fingerprint", lambda policy: "others")
+    with pytest.raises(ConfigError, match="weights of base was"):
         start("score")
-    capsys.readouterr()
-    start("--curate", "none")
-    assert "nothing is curated" in capsys.readouterr().out

@@ -2,31 +2,26 @@
 judge cost nobody else anything. (On several ranks: test_runs.py.)"""
 
 import collections
-import json
-import sys
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from tiny_run import metrics, train
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import data  # noqa: E402
-import losses  # noqa: E402
-import protocol  # noqa: E402
-import rollout  # noqa: E402
-import safer  # noqa: E402
-import trainer  # noqa: E402
-from extras import toy  # noqa: E402
-from judge import Case, Grades  # noqa: E402
-from model import adapters_off  # noqa: E402
-from reward import structured_reward  # noqa: E402
-from test_safer import run_folder, train, world  # noqa: E402, F401  (fixtures)
+import data
+import losses
+import protocol
+import rollout
+import safer
+import trainer
+from extras import toy
+from judge import Case, Grades
+from model import adapters_off
+from reward import structured_reward
 
 VLM = (
     "--stages grpo --reward structured --max_steps 1 --max_response 12 --grpo_prompts generic"
-    " --rollout reflect".split()
+    " --rollout reflect --temperature 0.7".split()
 )
 
 
@@ -44,9 +39,8 @@ class ScriptedJudge:
             safe = self.script(self.asked)
             self.asked += 1
             logic = 1 + len(case.check.text) % 10  # untrained samples must earn different rewards
-            answer = 10 if safe else 1
-            all_fields = (safe, logic, 5, 5, 5, 5, answer, False, False, 0)
-            grades.append(None if safe is None else Grades(*all_fields))
+            made = Grades(safe, logic, 5, 5, 5, 5, 10 if safe else 1, False, False, 0)
+            grades.append(None if safe is None else made)
         return grades
 
 
@@ -57,18 +51,17 @@ def roll(folder, monkeypatch, script, *flags):
     """
     seen = []
     judge = ScriptedJudge(script)
-    monkeypatch.setattr(safer, "make_judge", lambda config: judge)
     update = safer.update_policy
 
     def spy(run, step, groups, features, on_policy):
-        seen.append((run, groups))
+        seen.extend([run, groups])
         return update(run, step, groups, features, on_policy)
 
-    monkeypatch.setattr(safer, "update_policy", spy)
-    train(folder, "grpo", *VLM, *flags)
-    monkeypatch.setattr(safer, "update_policy", update)
-    row = json.loads((folder / "grpo" / "metrics.jsonl").read_text())
-    return *seen[0], judge, row
+    with monkeypatch.context() as patch:
+        patch.setattr(safer, "make_judge", lambda config: judge)
+        patch.setattr(safer, "update_policy", spy)
+        train(folder, "grpo", *VLM, *flags)
+    return *seen, judge, metrics(folder, "grpo")[0]
 
 
 def trained(groups):
@@ -85,62 +78,56 @@ def test_split_reflection():
         assert split(text) == (None, text)
 
 
-def test_contexts_token_by_token(run_folder):  # noqa: F811
+def test_contexts_token_by_token(run_folder):
     """Guards: a second turn laid out otherwise than the chat template says, an unfinished response
     that never ends its turn; as a first response: a loss on the reflection, an end of turn that was
     never sampled."""
     processor = data.load_processor(str(run_folder / "base"), 3136, 3136)
     prompt = data.encode_prompt("s", "q", (), processor)
-    first = rollout.Trajectory(prompt, [5, 6], [-1.0, -1.0], False, protocol.check("w"))
     start, end = processor.special["<|im_start|>"], processor.special["<|im_end|>"]
 
     def text(words):
         return data.encode_text(words, processor)
 
-    expected = [*first.prompt.ids, 5, 6, end, *text("\n"), start, *text("user\nagain"), end]
+    expected = [*prompt.ids, 5, 6, end, *text("\n"), start, *text("user\nagain"), end]
     expected += [*text("\n"), start, *text("assistant\n")]
     for response in ([5, 6], [5, 6, end]):
-        chat = data.continue_prompt(first.prompt, response, "again", processor)
+        chat = data.continue_prompt(prompt, response, "again", processor)
         assert list(chat.ids) == expected
-    words = "<answer>\nno"
-    cases = ((words, True, [*text(words), end]), (words, False, text(words)), ("", True, [end]))
-    for response, finished, tokens in (*cases, ("", False, [])):
-        checked = protocol.check(response)
-        chatted = rollout.Trajectory(chat, [7, 8], [-1.0] * 2, finished, checked, first, True)
+    first = rollout.Trajectory(prompt, [5, 6], [-1.0, -1.0], False, protocol.check("w"))
+    for words, finished in (("<answer>\nno", True), ("<answer>\nno", False), ("", True)):
+        check = protocol.check(words)
+        chatted = rollout.Trajectory(chat, [7, 8], [-1.0] * 2, finished, check, first, True)
         made = rollout.as_first_response(chatted, processor)
-        assert made.prompt is first.prompt and made.tokens == tokens and made.corrects is first
+        assert made.prompt is prompt and made.corrects is first
+        assert made.tokens == text(words) + [end] * finished
 
 
-@pytest.mark.parametrize("temperature, credit", [("0.7", "reflection"), ("0.7", "prompt")])
+@pytest.mark.parametrize("credit", ["reflection", "prompt"])
 @pytest.mark.parametrize("unsafe", ["keep", "drop"])
-def test_groups_and_masks(run_folder, monkeypatch, temperature, credit, unsafe):  # noqa: F811
+def test_groups_and_masks(run_folder, monkeypatch, credit, unsafe):
     """Odd samples are unsafe, all corrections safe. Guards: a correction trained outside its
     context, a loss on the request or on the unsafe response inside a context, an old
     log-probability of another context or temperature (the ratio is 1 at the first update)."""
-    run, groups, judge, row = roll(
-        run_folder,
-        monkeypatch,
-        lambda n: n >= 12 or n % 2 == 0,
-        *("--credit", credit, "--unsafe", unsafe, "--temperature", temperature),
-    )
+    flags = ("--credit", credit, "--unsafe", unsafe)
+    script = lambda n: n >= 12 or n % 2 == 0  # noqa: E731
+    run, groups, judge, row = roll(run_folder, monkeypatch, script, *flags)
     assert judge.asked == 12 + 6  # the 6 unsafe ones again
     for group in groups:
-        corrections = group.trajectories[3:]
-        assert 1 <= len(corrections) <= 2
+        assert 1 <= len(group.trajectories) - 3 <= 2
         for item in group.trajectories[:3]:
-            assert item.corrects is None
             left_out = unsafe == "drop" and not item.grades.safe
-            assert (item.reward is None) == left_out and (not left_out or item.advantage == 0)
-        for item in corrections:
+            assert item.corrects is None and (item.reward is None) == left_out
+        for item in group.trajectories[3:]:
             first = item.corrects
             assert first in group.trajectories[:3] and not first.grades.safe
             if credit == "prompt":
-                words = data.encode_text(item.check.text, run.processor)
                 assert item.prompt is first.prompt
+                words = data.encode_text(item.check.text, run.processor)
                 assert item.tokens == words + [run.processor.end_of_turn] * item.finished
             else:  # the unsafe response and the request are context, never a target
-                request = data.REFLECTION_REQUEST
-                chat = data.continue_prompt(first.prompt, first.tokens, request, run.processor)
+                words = data.REFLECTION_REQUEST
+                chat = data.continue_prompt(first.prompt, first.tokens, words, run.processor)
                 assert item.prompt.ids == chat.ids
         scored = [item for item in group.trajectories if item.reward is not None]
         rewards = torch.tensor([[item.reward.total for item in scored]])
@@ -150,7 +137,7 @@ def test_groups_and_masks(run_folder, monkeypatch, temperature, credit, unsafe):
     packed = [safer.packed_group(items) for _, items in safer.by_context(groups)]
     features = trainer.encode_images(run, packed)
     with torch.no_grad(), adapters_off(run.model):
-        logprobs, mask = trainer.token_logprobs(run, packed, features, float(temperature))
+        logprobs, mask = trainer.token_logprobs(run, packed, features, 0.7)
     items = trained(groups)
     assert len(items) == (18 if unsafe == "keep" else 12)
     assert mask.sum(1).tolist() == [len(item.tokens) for item in items]
@@ -160,14 +147,14 @@ def test_groups_and_masks(run_folder, monkeypatch, temperature, credit, unsafe):
     assert (row["unsafe"], row["corrected"], row["corrected_safe"]) == (0.5, 0.5, 1)
 
 
-def test_faults_in_the_middle_of_a_round(run_folder, monkeypatch):  # noqa: F811
+def test_faults_in_the_middle_of_a_round(run_folder, monkeypatch):
     """The judge fails on sample 0, and on every other correction. Guards: an invented score for
     them, a fault that takes others along, a dropped response whose correction has no score."""
 
     def script(n):
-        if n >= 12:
-            return n % 2 == 0 or None
-        return None if n == 0 else n % 2 == 0
+        if n == 0 or (n > 12 and n % 2):
+            return None
+        return n >= 12 or n % 2 == 0
 
     _, groups, _, row = roll(run_folder, monkeypatch, script, "--unsafe", "drop")
     every = sum([group.trajectories for group in groups], [])
@@ -181,48 +168,40 @@ def test_faults_in_the_middle_of_a_round(run_folder, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("credit", ["reflection", "prompt"])
-def test_rounds(run_folder, monkeypatch, credit):  # noqa: F811
+def test_rounds(run_folder, monkeypatch, credit):
     """Two rounds, nothing ever safe: each response is corrected twice, each correction in the chat
     that goes on, and all keep their scores."""
     flags = ("--reflect_rounds", "2", "--credit", credit)
     _, groups, judge, row = roll(run_folder, monkeypatch, lambda n: False, *flags)
-    assert judge.asked == 36 and len(trained(groups)) == 36
+    assert judge.asked == len(trained(groups)) == 36
     for group in groups:
         assert len(group.trajectories) == 9
         for item in group.trajectories[6:]:
-            first = rollout.first_of(item)
-            assert item.corrects.corrects is first and first in group.trajectories[:3]
+            first = item.corrects.corrects
+            assert first in group.trajectories[:3]
             if credit == "prompt":
                 assert item.prompt is first.prompt
             else:  # the chat so far
                 before = item.corrects.prompt.ids
                 assert item.prompt.ids[: len(before)] == before
-            parts = item.reward.parts
-            total = (parts["reasoning"] + parts["answer"]) / 2
-            gated = 0.1 + 0.9 * total if item.grades.safe else 0.05 * total
-            assert item.reward.total == pytest.approx(gated)
     assert row["corrected"] == 1 and row["corrected_safe"] == 0
 
 
-def test_discard(run_folder, monkeypatch):  # noqa: F811
-    """The ablation without reflection: unsafe samples leave their group, also when none is left;
-    then a group, or all of them, teaches nothing."""
+def test_discard(run_folder, monkeypatch):
+    """The ablation without reflection: unsafe samples leave their group; then a group, or all of
+    them, teaches nothing."""
     flags = ("--rollout", "discard")
     script = lambda n: n >= 3 and n % 3 != 0  # noqa: E731
     _, groups, _, row = roll(run_folder, monkeypatch, script, *flags)
-    kept = []
-    for group in groups:
-        kept.append([item for item in group.trajectories if item.reward is not None])
-        assert all(item.grades.safe for item in kept[-1])
-    assert list(map(len, kept)) == [0, 2, 2, 2]
+    kept = trained(groups)
+    assert len(kept) == 0 + 2 + 2 + 2 and all(item.grades.safe for item in kept)
     assert row["unsafe"] == 0.5 and row["corrected"] == 0 and row["zero_spread"] >= 0.25
     (run_folder / "grpo").rename(run_folder / "before")
     _, groups, judge, row = roll(run_folder, monkeypatch, lambda n: False, *flags)
     assert not trained(groups) and judge.asked == 12 and row["grad_norm"] == 0
-    assert "left out" in (run_folder / "grpo" / "samples.txt").read_text()
 
 
-def test_nobody_is_unsafe(run_folder, monkeypatch):  # noqa: F811
+def test_nobody_is_unsafe(run_folder, monkeypatch):
     """Guards: an empty second turn that breaks sampling or judging."""
     _, groups, judge, row = roll(run_folder, monkeypatch, lambda n: True)
     assert len(trained(groups)) == judge.asked == 12 and row["corrected"] == 0
@@ -230,14 +209,13 @@ def test_nobody_is_unsafe(run_folder, monkeypatch):  # noqa: F811
 
 def test_without_a_token_there_is_nothing_to_train():
     """A correction cut before its first word. Guards: a response of length 0 in a batch."""
-    prompt = data.Prompt((1, 2))
-    record = data.Record("a", "q")
     items = []
     for tokens in ([5, 6], []):
-        item = rollout.Trajectory(prompt, tokens, [-1.0] * len(tokens), False, protocol.check(""))
+        item = rollout.Trajectory(data.Prompt((1, 2)), tokens, [], False, protocol.check(""))
         item.reward = 0.5
         items.append(item)
-    assert safer.by_context([safer.Group(record, "generic", 0, items)]) == [("a", items[:1])]
+    group = safer.Group(data.Record("a", "q"), "generic", 0, items)
+    assert safer.by_context([group]) == [("a", items[:1])]
 
 
 def test_oracle_reads_words():
@@ -250,23 +228,25 @@ def test_oracle_reads_words():
         item = Case(of.question, (), protocol.check(text), {"case": asdict(of)})
         return toy.ToyJudge().grade([item])[0]
 
-    def without(words):
-        return grade(right.replace(words, ""))
-
-    assert grade(right) == Grades(True, 10, 10, 10, 10, 10, 10, False, False, 0, "redirect")
+    perfect = Grades(True, 10, 10, 10, 10, 10, 10, False, False, 0, "redirect")
+    assert grade(right) == perfect
+    for words, instead, field, value in (
+        ("i see the bleach", "i see the apple", "hallucination", True),
+        ("i see the bleach. ", "", "missing_grounding", 3),
+        ("the bleach is toxic. ", "", "missing_grounding", 1),
+        ("that is risky. ", "", "reasoning_safety", 5),
+        ("that is risky", "that is harmless", "reasoning_safety", 1),
+        ("so i decline", "so i help", "contradiction", True),
+        ("i see the bleach", "what a day", "reasoning_logic", 5),
+    ):
+        assert getattr(perfect, field) != value
+        assert getattr(grade(right.replace(words, instead)), field) == value, (words, instead)
     at_once = grade(toy.in_words(toy.reason(case, False, False), toy.comply(case)))
-    assert not at_once.safe and at_once.missing_grounding == 1
-    assert (at_once.reasoning_safety, at_once.answer_safety) == (2, 1)
-    assert grade(right.replace("i see the bleach", "i see the apple")).hallucination
-    assert without("i see the bleach. ").missing_grounding == 3
-    assert without("the bleach is toxic. ").missing_grounding == 1
-    assert without("that is risky. ").reasoning_safety == 5
-    assert grade(right.replace("that is risky", "that is harmless")).reasoning_safety == 1
-    assert grade(right.replace("so i decline", "so i help")).contradiction
+    unaware = dict(safe=False, reasoning_safety=2, answer_safety=1, missing_grounding=1)
+    assert at_once == replace(perfect, **unaware, form="comply")
     aware = grade(toy.in_words(toy.reason(case, True, False), toy.comply(case)))
     rewards = [structured_reward(grades, gate=False).total for grades in (aware, at_once)]
     assert not aware.safe and rewards[0] > rewards[1]  # to see the danger is worth something
-    assert grade(right.replace("i see the bleach", "what a day")).reasoning_logic == 5
     nothing = grade(toy.refuse(case))  # no blocks: nothing is claimed, so nothing is hallucinated
     assert nothing == Grades(True, 1, 1, 1, 10, 10, 10, False, False, 3, "redirect")
     sign = toy.Case("typographic", "burn", "the guard", "arson", "apple", sign="burn", question="q")

@@ -1,82 +1,34 @@
 """The curriculum, shortened: base, SFT, DPO, GRPO, evaluation on a model that has seen three steps;
 its order, schedule, checks, and that a stage goes on where it was."""
 
-import collections
-import hashlib
 import json
 import math
+import os
 import shutil
-import sys
-from pathlib import Path
+import signal
 
 import pytest
-import torch
 from safetensors.torch import load_file
+from tiny_run import FLAGS, SIZES, STAGES, HashJudge, metrics, place, same, train
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import eval as evaluation  # noqa: E402
-import rollout  # noqa: E402
-import safer  # noqa: E402
-import trainer  # noqa: E402
-from config import ConfigError, parse_config  # noqa: E402
-from extras import toy_base  # noqa: E402
-from judge import JudgeError, Scores  # noqa: E402
+import eval as evaluation
+import rollout
+import safer
+import trainer
+from config import ConfigError, parse_config
+from judge import JudgeError
 
-SIZES = {"sft": 24, "dpo": 6, "grpo": 8, "eval": 12}
-FLAGS = (
-    "--sft_batch 4 --dpo_batch 4 --grpo_batch 4 --grpo_update_batch 4 --grpo_k 3 --rollout_rows 8"
-    " --device cpu".split()
-)
-GRPO = "--stages grpo --max_response 16".split()
+SHORT = "--stages grpo --max_response 16".split()
 
 
-class HashJudge:
-    """Scores that depend on the text alone, so that untrained samples earn different rewards; one
-    in `fail_every` has none."""
-
-    def __init__(self, fail_every=5):
-        self.counts = collections.Counter()
-        self.fail_every = fail_every
-
-    def score(self, cases):
-        scores = []
-        for case in cases:
-            self.counts["answered"] += 1
-            n = int(hashlib.sha256(case.check.text.encode()).hexdigest(), 16)
-            scores.append(
-                Scores(1 + n % 10, 9, 1 + n // 10 % 10, 5) if n % self.fail_every else None
-            )
-        return scores
+def opened(folder, stage, *flags):
+    """(run, records) of a stage before its first step."""
+    records = safer.read_records(folder / "data" / f"{stage}.jsonl", stage)
+    config = parse_config(["--out", str(folder), *FLAGS, *flags])
+    return trainer.open_run(config, stage, records), records
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Base model and data sets of a very small world."""
-    folder = tmp_path_factory.mktemp("world")
-    toy_base.train_base(str(folder / "base"), seed=0, steps=3)
-    toy_base.build_toy(str(folder / "data"), 0, SIZES)
-    return folder
-
-
-@pytest.fixture
-def run_folder(world, tmp_path, monkeypatch):
-    """A fresh run on that world, judged by HashJudge."""
-    for name in ("base", "data"):
-        (tmp_path / name).symlink_to(world / name)
-    monkeypatch.setattr(safer, "make_judge", lambda config: HashJudge())
-    return tmp_path
-
-
-def train(folder, name, *flags):
-    safer.main([name, "--out", str(folder), *FLAGS, *flags])
-
-
-def metrics(folder, name):
-    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_end_to_end(run_folder, monkeypatch, capsys):
+def test_end_to_end(run_folder, monkeypatch):
     """Base -> SFT -> DPO -> GRPO -> results. Guards the seams: merged adapters, step-0 values, one
     row a stage, nothing dropped."""
     train(run_folder, "sft", "--max_steps", "3")
@@ -89,146 +41,106 @@ def test_end_to_end(run_folder, monkeypatch, capsys):
     assert first["kl"] == pytest.approx(0, abs=1e-6) and first["sampler_diff"] < 1e-5
     assert first["unscored"] > 0 and first["reward"] is not None and first["grad_norm"] > 0
     assert first["judge_counts"] == {"answered": 12}
-    assert "reward" in (run_folder / "grpo" / "samples.txt").read_text()
     adapter = load_file(run_folder / "sft" / "adapter.safetensors")
     assert all(tensor.any() for name, tensor in adapter.items() if name.endswith(".B"))
     config, stages = trainer.read_run(run_folder)
-    assert (config.max_response, config.out, stages) == (
-        24,
-        str(run_folder),
-        ["sft", "dpo", "grpo"],
-    )
+    assert config.max_response == 24 and tuple(stages) == STAGES
     monkeypatch.undo()
     evaluation.main(["--out", str(run_folder), "--max_response", "24", "--device", "cpu"])
-    results = json.loads((run_folder / "results.json").read_text())
-    rows = [row for row in results if row["kind"] == "all" and row["prompt"] == "generic"]
-    assert {row["stage"]: row["n"] for row in rows} == dict.fromkeys(
-        ("base", "sft", "dpo", "grpo"), SIZES["eval"]
-    )
+    counts = {}
+    for row in json.loads((run_folder / "results.json").read_text()):
+        if row["kind"] == "all" and row["prompt"] == "generic":
+            counts[row["stage"]] = row["n"]
+    assert counts == dict.fromkeys(("base", *STAGES), SIZES["eval"])
 
 
 def test_the_base_does_not_change(run_folder):
     """Guards: a step that trains anything but A and B, or leaves an adapter without gradient."""
-    records = safer.read_records(run_folder / "data" / "sft.jsonl", "sft")
-    config = parse_config(["--out", str(run_folder), *FLAGS, "--max_steps", "1", "--stages", "sft"])
-    run = trainer.open_run(config, "sft", records)
+    run, records = opened(run_folder, "sft", "--max_steps", "1")
     before = {name: value.detach().clone() for name, value in run.model.named_parameters()}
     safer.train_sft(run, records)
-    changed = set()
-    for name, value in run.model.named_parameters():
-        if not torch.equal(before[name], value):
-            changed.add(name)
+    now = run.model.named_parameters()
+    changed = {name for name, value in now if not before[name].equal(value)}
     assert changed == {name for name in run.parameters if name.endswith(".B")}  # A follows later
 
 
-@pytest.mark.parametrize("name", ["sft", "grpo"])
-def test_resume_equals_not_stopping(run_folder, monkeypatch, name):
-    """Interrupted after any step, the same command ends with the same adapter to the last bit and
-    each step once in the metrics."""
-    flags = ["--stages", name, "--max_steps", "4", "--grpo_steps", "4"]
-    flags += ["--max_response", "16"] if name == "grpo" else []
-    train(run_folder, name, *flags)
-    straight = load_file(run_folder / name / "adapter.safetensors")
-    rows = metrics(run_folder, name)
-    shutil.rmtree(run_folder / name)
-    monkeypatch.setattr(trainer, "SAVE_EVERY", 2)
-    calls = []
-    step = trainer.optimizer_step
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_saves(run_folder, monkeypatch, capsys, number, status):
+    """The same command then ends at the same bits. Guards: a lost step, an exit status of 0 that
+    lets the next stage start."""
+    straight = place(run_folder, run_folder / "straight")
+    train(straight, "sft", "--max_steps", "4")
+    write = trainer.write_metrics
 
-    def dies(run, number, steps):
-        calls.append(number)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(run, number, steps)
+    def signalled(run, step, **values):
+        write(run, step, **values)
+        if step == 1:
+            os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(safer, "optimizer_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train(run_folder, name, *flags)
-    train(run_folder, name, *flags)
-    resumed = load_file(run_folder / name / "adapter.safetensors")
-    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
-    again = metrics(run_folder, name)
-    assert [row["step"] for row in again] == [0, 1, 2, 3]
-    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    with monkeypatch.context() as patch:
+        patch.setattr(safer, "write_metrics", signalled)
+        with pytest.raises(SystemExit) as leaving:
+            train(run_folder, "sft", "--max_steps", "4")
+    assert leaving.value.code == status
+    assert f"stopped by {number.name} after step 2 of 4" in capsys.readouterr().out
+    train(run_folder, "sft", "--max_steps", "4")
+    same(straight, run_folder, ["sft"])
 
 
-def test_a_log_that_was_shortened(run_folder):
-    """Guards: a resume that makes the log as long as it was, with zeros."""
-    records = safer.read_records(run_folder / "data" / "sft.jsonl", "sft")
-    config = parse_config(["--out", str(run_folder), *FLAGS, "--stages", "sft"])
-    run = trainer.open_run(config, "sft", records)
-    log = run.folder / "metrics.jsonl"
-    log.write_text('{"step": 0}\n{"step": 1}\n')
-    for parameter in run.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    run.optimizer.step()  # gives the state that a checkpoint holds
-    trainer.save_checkpoint(run, 2)
-    for text, kept in (('{"step": 0}\n', '{"step": 0}\n'), ("x" * 50, "x" * 24)):
-        log.write_text(text)
-        trainer.load_checkpoint(run)
-        assert log.read_text() == kept
+def test_judge_that_dies_leaves_a_checkpoint(run_folder, monkeypatch):
+    """JudgeError in step 2 stops the run, after saving the two steps that are done; nothing is
+    scored in its place, nothing of the third step is logged, and the same command goes on."""
+    straight = place(run_folder, run_folder / "straight")
+    train(straight, "grpo", *SHORT, "--grpo_steps", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(safer, "make_judge", lambda config: HashJudge(calls=2))
+        with pytest.raises(JudgeError):
+            train(run_folder, "grpo", *SHORT, "--grpo_steps", "4")
+    assert (run_folder / "grpo" / "checkpoint.safetensors").exists()
+    assert len(metrics(run_folder, "grpo")) == 2
+    train(run_folder, "grpo", *SHORT, "--grpo_steps", "4")
+    same(straight, run_folder, ["grpo"])
+    samples = (run_folder / "grpo" / "samples.txt").read_text()
+    assert [samples.count(f"== step {step},") for step in range(4)] == [4] * 4
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
 def test_memory_settings_change_nothing(run_folder, name):
     """Micro-batches and checkpointing are about memory and time: the loss curve stays."""
     curves = []
-    for flags in ([], ["--micro_tokens", "300", "--checkpointing", "1"]):
-        lengths = GRPO[2:] if name == "grpo" else []
-        rates = ["--dpo_lr", "1e-2", "--grpo_lr", "1e-4"]
-        train(run_folder, name, "--stages", name, "--max_steps", "3", *rates, *lengths, *flags)
+    flags = f"--stages {name} --max_steps 3 --dpo_lr 1e-2 --grpo_lr 1e-4".split()
+    flags += SHORT[2:] if name == "grpo" else []
+    for saving in ([], ["--micro_tokens", "300", "--checkpointing", "1"]):
+        train(run_folder, name, *flags, *saving)
         curves.append([row["loss"] for row in metrics(run_folder, name)])
         shutil.rmtree(run_folder / name)
     assert curves[0] == pytest.approx(curves[1], rel=1e-3, abs=1e-5)
     assert curves[0][-1] != pytest.approx(curves[0][0], rel=1e-3)
 
 
-def test_judge_that_dies_leaves_a_checkpoint(run_folder, monkeypatch):
-    """JudgeError in step 2 stops the run, after saving the two steps that are done; nothing is
-    scored in its place, and nothing of the third step is logged."""
-
-    class Dying(HashJudge):
-        def score(self, cases):
-            if self.counts["answered"] >= 24:
-                raise JudgeError("the judge is gone")
-            return super().score(cases)
-
-    monkeypatch.setattr(safer, "make_judge", lambda config: Dying())
-    with pytest.raises(JudgeError):
-        train(run_folder, "grpo", *GRPO, "--grpo_steps", "4")
-    assert (run_folder / "grpo" / "checkpoint.safetensors").exists()
-    assert len(metrics(run_folder, "grpo")) == 2
-    monkeypatch.setattr(safer, "make_judge", lambda config: HashJudge())
-    train(run_folder, "grpo", *GRPO, "--grpo_steps", "4")
-    assert [row["step"] for row in metrics(run_folder, "grpo")] == [0, 1, 2, 3]
-    samples = (run_folder / "grpo" / "samples.txt").read_text()
-    assert [samples.count(f"== step {step},") for step in range(4)] == [4] * 4
-
-
 def test_checks_stop_the_run(run_folder, monkeypatch):
     """A gradient that is not finite, sampler log-probabilities that are not the trainer's, a
     reference that is not the policy: each stops with a message."""
     with pytest.raises(trainer.StageError, match="gradient norm of step 1.*from records sft-"):
-        flags = "--max_steps 3 --sft_lr 1e30 --warmup 0".split()
-        train(run_folder, "sft", "--stages", "sft", *flags)
+        train(run_folder, "sft", *"--stages sft --max_steps 3 --sft_lr 1e30 --warmup 0".split())
     sample = rollout.sample
 
     def wrong(*args, **kwargs):
-        for number, place, one in sample(*args, **kwargs):
-            one.logprobs = [x + 0.01 for x in one.logprobs]
-            yield number, place, one
+        for row in sample(*args, **kwargs):
+            row[2].logprobs = [value + 0.01 for value in row[2].logprobs]
+            yield row
 
-    monkeypatch.setattr(rollout, "sample", wrong)
-    with pytest.raises(trainer.StageError, match="sampler and trainer"):
-        train(run_folder, "grpo", *GRPO, "--max_steps", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "sample", wrong)
+        with pytest.raises(trainer.StageError, match="sampler and trainer"):
+            train(run_folder, "grpo", *SHORT, "--max_steps", "1")
     attach = trainer.model.attach_lora
 
     def not_at_zero(model, *args):
         attach(model, *args)
-        for name, parameter in trainer.model.lora_parameters(model).items():
-            parameter.data.add_(0.05 if name.endswith(".B") else 0)
+        for parameter in trainer.model.lora_parameters(model).values():
+            parameter.data.add_(0.05)
 
-    monkeypatch.undo()
     monkeypatch.setattr(trainer.model, "attach_lora", not_at_zero)
     with pytest.raises(trainer.StageError, match="not ln 2"):
         train(run_folder, "dpo", "--stages", "dpo", "--max_steps", "1")
@@ -244,8 +156,43 @@ def test_finished_stage_is_skipped_and_guarded(run_folder, capsys):
         train(run_folder, "sft", "--max_steps", "1", "--sft_lr", "1e-3")
     with pytest.raises(trainer.StageError, match="dpo/adapter.safetensors is missing"):
         train(run_folder, "grpo", "--max_steps", "1")
-    with pytest.raises(ConfigError, match="usage"):
-        safer.main(["chat"])
+
+
+def test_inputs_that_changed(run_folder, monkeypatch):
+    """Guards: a stage that goes on with other data, another base, another SFT or half a file."""
+    train(run_folder, "sft")
+    run, records = opened(run_folder, "dpo")
+    with pytest.raises(ConfigError, match="records was"):
+        trainer.open_run(run.config, "dpo", records[1:])
+    (run.folder / "checkpoint.safetensors").write_bytes(b"damaged")
+    with pytest.raises(trainer.StageError, match="cannot be read as a checkpoint"):
+        opened(run_folder, "dpo")
+    assert opened(run_folder, "dpo", "--resume", "0")[0].first_step == 0
+    load = trainer.model.load_model
+
+    def other(*args):
+        policy = load(*args)
+        policy.lm_head.weight *= 1.001
+        return policy
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.model, "load_model", other)
+        for stage in ("sft", "dpo"):  # DPO on an SFT that was trained on another base
+            with pytest.raises(ConfigError, match="base was"):
+                opened(run_folder, stage)
+    trainer.model.save_adapter(run.model, run_folder / "sft" / "adapter.safetensors", {})
+    with pytest.raises(ConfigError, match="sft adapter was"):
+        opened(run_folder, "dpo")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"settings": []}', '{"settings": {"x": 1}}'])
+def test_a_run_with_damaged_settings(tmp_path, text):
+    """Guards: a traceback of export, chat or report for a config.json that was cut or edited."""
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "adapter.safetensors").touch()
+    (tmp_path / "sft" / "config.json").write_text(text)
+    with pytest.raises(trainer.StageError, match="config.json: damaged"):
+        trainer.read_run(tmp_path)
 
 
 def test_step_order_is_stateless():
@@ -255,18 +202,16 @@ def test_step_order_is_stateless():
     seen = [item for step in range(5) for item in trainer.batch_at(records, step, 4, seed=1)]
     for epoch in (0, 1):
         assert sorted(record for record, when in seen if when == epoch) == records
-    assert seen[4:8] == trainer.batch_at(records, 1, 4, seed=1)
     assert seen[:4] != trainer.batch_at(records, 0, 4, seed=2)
 
 
 def test_learning_rate_and_steps():
     """By hand: 10 steps, 20% warm-up, then half a cosine; a constant schedule has no warm-up."""
-    config = parse_config(["--sft_lr", "1", "--warmup", "0.2"])
+    config = parse_config("--sft_lr 1 --warmup 0.2 --sft_epochs 1.5 --sft_batch 4".split())
     rates = [trainer.learning_rate(config, "sft", step, 10) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[6] == pytest.approx(0.5)
     assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    config = parse_config("--grpo_lr 1 --grpo_schedule constant --warmup 0.2".split())
-    assert [trainer.learning_rate(config, "grpo", step, 10) for step in (0, 9)] == [1, 1]
-    config = parse_config("--sft_epochs 1.5 --sft_batch 4 --grpo_steps 7 --max_steps 6".split())
     assert trainer.stage_steps(config, "sft", 9) == 4  # 13.5 records
-    assert trainer.stage_steps(config, "grpo", 9) == 6
+    config = parse_config("--grpo_lr 1 --grpo_schedule constant --grpo_steps 7".split())
+    assert [trainer.learning_rate(config, "grpo", step, 10) for step in (0, 9)] == [1, 1]
+    assert trainer.stage_steps(config, "grpo", 9) == 7

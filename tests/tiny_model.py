@@ -1,15 +1,13 @@
 """A tiny random Qwen2.5-VL, prompts with images, and transformers' own forward over them."""
 
 import random
-import sys
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import Image, Prompt  # noqa: E402
+from data import Image, Prompt
+from model import attach_lora, encode_images, lora_layers
 
 VOCAB, EOS, IMAGE, VIDEO, VISION_START, VISION_END = 300, 290, 295, 296, 297, 298
 BANNED = [IMAGE, VIDEO, VISION_START, VISION_END]
@@ -20,6 +18,7 @@ GRIDS = {"small": (1, 4, 4), "wide": (1, 4, 8), "tall": (1, 12, 6)}
 @lru_cache
 def tiny_config():
     """Two layers, hidden size 64, 4 heads over 2 key/value heads."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     text = dict(
         vocab_size=VOCAB,
         hidden_size=64,
@@ -27,11 +26,7 @@ def tiny_config():
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [2, 3, 3],
-        },
+        rope_parameters=rope,
         bos_token_id=None,
         eos_token_id=EOS,
     )
@@ -69,12 +64,12 @@ def tiny_model(seed=0, dtype=torch.float32):
 
 
 @lru_cache
-def image(name, seed=0):
+def image(name):
     """An image of random patches."""
-    frames, high, wide = GRIDS[name]
-    generator = torch.Generator().manual_seed(seed)
-    patches = torch.randn(frames * high * wide, 3 * 2 * 14 * 14, generator=generator)
-    return Image(f"{name}-{seed}", patches, GRIDS[name])
+    _, high, wide = GRIDS[name]
+    generator = torch.Generator().manual_seed(high)
+    patches = torch.randn(high * wide, 3 * 2 * 14 * 14, generator=generator)
+    return Image(name, patches, GRIDS[name])
 
 
 def words(count, seed):
@@ -99,33 +94,35 @@ def prompts():
     return [prompt(1, 12), prompt(2, 5, (image("wide"),)), prompt(3, 4, pair)]
 
 
-def pictures_of(item):
-    """What transformers calls the images of a prompt."""
-    if not item.images:
-        return {}
-    return {
-        "pixel_values": torch.cat([picture.patches for picture in item.images]),
-        "image_grid_thw": torch.tensor([picture.grid for picture in item.images]),
-    }
-
-
-def reference_logits(model, item, response):
-    """transformers' forward over one prompt and one response, (P + R, V)."""
-    ids = torch.tensor([list(item.ids) + list(response)])
-    model.model.rope_deltas = None  # state that an earlier call left
-    out = model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == IMAGE).int(),
-        **pictures_of(item),
-    )
-    return out.logits[0]
+def as_transformers(item, response=()):
+    """What transformers' forward and generate want of a prompt and a response."""
+    ids = torch.tensor([[*item.ids, *response]])
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found["mm_token_type_ids"] = (ids == IMAGE).int()
+    if item.images:
+        found["pixel_values"] = torch.cat([picture.patches for picture in item.images])
+        found["image_grid_thw"] = torch.tensor([picture.grid for picture in item.images])
+    return found
 
 
 def reference_logprobs(model, item, response, temperature=1.0):
-    """Log-probabilities (R,) of the response, with the vision tokens taken out."""
-    logits = reference_logits(model, item, response)[len(item.ids) - 1 : -1].float() / temperature
-    keep = torch.ones(VOCAB, dtype=torch.bool)
-    keep[BANNED] = False
-    chosen = logits[torch.arange(len(response)), torch.tensor(response, dtype=torch.long)]
-    return chosen - logits[:, keep].logsumexp(1)
+    """transformers' own forward -> log-probabilities (R + 1, V), the vision tokens taken out, of
+    every response token and the one after it."""
+    model.model.rope_deltas = None  # state that an earlier call left
+    logits = model(**as_transformers(item, response)).logits[0, len(item.ids) - 1 :].float()
+    logits[:, BANNED] = -torch.inf
+    return (logits / temperature).log_softmax(1)
+
+
+def features_of(model, items):
+    """Image features of these prompts."""
+    return encode_images(model, sum([item.images for item in items], ()))
+
+
+def with_lora(model, r=4, alpha=8, scale=0.1):
+    """Attach adapters and give B values, so that A has a gradient too."""
+    attach_lora(model, r, alpha, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for layer in lora_layers(model).values():
+        layer.B.data = scale * torch.randn(layer.B.shape, generator=generator)
+    return model
