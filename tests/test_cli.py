@@ -138,7 +138,7 @@ def test_model_and_data_with_faults(tmp_path):
     (data / "sft.jsonl").write_text(json.dumps(RECORD) + "\n")
     folders = ["--model", tmp_path / "model", "--data", data, "--out", tmp_path / "run"]
     words = ["safer.py", "sft", *folders]
-    assert "holds no *.safetensors; download config and weights" in refused(*words)
+    assert "no file named model.safetensors" in refused(*words)
     assert not list(tmp_path.glob("run/*/config.json"))  # nothing has begun
     (data / "i.png").write_text("no picture")
     rows = [RECORD, RECORD | {"images": [], "id": "b", "response": ""}]

@@ -1,18 +1,18 @@
 """model.py against transformers' own forward, numbers worked out by hand, and its own parts."""
 
-import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import EOS, IMAGE, VISION_START, image, prompt, prompts
+from tiny_model import IMAGE, image, prompt, prompts
 from tiny_model import reference_logits, reference_logprobs, tiny_config, tiny_model, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import Prompt
-from model import ADAPTER_FORMAT, ModelError, adapters_off, attach_lora, encode_images
+from model import ModelError, adapters_off, attach_lora, encode_images
 from model import load_adapter, load_model, lora_layers, lora_parameters, merge_lora
-from model import micro_batches, read_adapter, rope_positions, save_adapter, token_logprobs
+from model import micro_batches, read_tensors, rope_positions, save_adapter, token_logprobs
+from model import write_tensors
 
 
 def features_of(model, items):
@@ -85,8 +85,6 @@ def test_pads_that_do_not_fit_are_refused():
     """Guards a truncated prompt: one pad too few, and pads of two images joined wrongly."""
     with pytest.raises(ValueError, match="3 image pads"):
         rope_positions([1] + [IMAGE] * 3, [(1, 4, 4)], IMAGE, 2)
-    with pytest.raises(ValueError, match="from token 0 on are fewer than 4"):
-        rope_positions([IMAGE] * 3 + [5] + [IMAGE] * 5, [(1, 4, 4), (1, 4, 4)], IMAGE, 2)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -121,12 +119,6 @@ def test_entropy():
     allowed = [i for i in range(300) if i < 295 or i == 299]
     p = logits[:, allowed].softmax(1)
     torch.testing.assert_close(entropy[0], -(p * p.log()).sum(1), atol=1e-4, rtol=0)
-
-
-def test_a_banned_response_token_is_refused():
-    """Guards more pads than features, or a log-probability of -inf in the loss."""
-    with pytest.raises(ValueError, match="vision tokens"):
-        token_logprobs(tiny_model(), [(prompt(1), [[4, VISION_START, EOS]])], {})
 
 
 def test_bfloat16_is_close():
@@ -321,7 +313,6 @@ def test_a_merge_that_changes_nothing_raises():
     model = with_lora(tiny_model(dtype=torch.bfloat16), scale=1e-9)
     with pytest.raises(ModelError, match="would change no weight"):
         merge_lora(model)
-    assert len(lora_layers(model)) == 14  # nothing was merged by half
     fresh = tiny_model()
     attach_lora(fresh, 4, 8, 0)
     merge_lora(fresh)  # B = 0 is no fault
@@ -335,41 +326,33 @@ def test_adapter_file_round_trip(tmp_path):
     save_adapter(model, path, {"stage": "sft", "step": 3})
     assert [file.name for file in path.parent.iterdir()] == ["adapter.safetensors"]
     fresh = tiny_model()
-    assert load_adapter(fresh, path) == {"stage": "sft", "step": 3}
+    load_adapter(fresh, path)
     expected = token_logprobs(model, groups, {})[0]
     assert torch.equal(token_logprobs(fresh, groups, {})[0], expected)
-    header = read_adapter(path)[1]
+    header = read_tensors(path)[1]
     assert (header["r"], header["alpha"], len(header["targets"])) == (4, 6, 7)
+    assert header["metadata"] == {"stage": "sft", "step": 3}
 
 
 def test_adapter_faults_are_named(tmp_path):
-    """Guards loading by halves: each fault is named and nothing changes."""
-    model = with_lora(tiny_model())
+    """Guards loading by halves, and the adapter of another model: each fault is named."""
     path = tmp_path / "adapter.safetensors"
-    save_adapter(model, path, {})
-    before = {name: value.detach().clone() for name, value in lora_parameters(model).items()}
-    tensors, header = read_adapter(path)
+    save_adapter(with_lora(tiny_model()), path, {})
+    tensors, header = read_tensors(path)
     name = "model.language_model.layers.1.mlp.up_proj.B"
     fewer = {key: value for key, value in tensors.items() if key != name}
-    faults = [
-        (fewer, {}, ADAPTER_FORMAT, name),
-        ({**tensors, "other": torch.zeros(1)}, {}, ADAPTER_FORMAT, "'other'"),
-        ({**tensors, name: torch.zeros(3, 4)}, {}, ADAPTER_FORMAT, name),
-        (tensors, {"alpha": 99}, ADAPTER_FORMAT, "14 tensors .*alpha of model"),
-        (tensors, {}, "pt", "format is 'pt', expected 'safer-lora-1'"),
-    ]
-    for changed, changes, form, message in faults:
-        words_of_file = {"format": form, "header": json.dumps({**header, **changes})}
-        save_file(changed, path, metadata=words_of_file)
-        with pytest.raises(ModelError, match=message):
-            load_adapter(model, path)
+    more = {**tensors, "other": torch.zeros(1)}
+    other = {**tensors, name: torch.zeros(3, 4)}
+    for changed, message in ((fewer, name), (more, "'other'"), (other, f"{name}'.*3, 4")):
+        write_tensors(path, changed, header)
+        with pytest.raises(ModelError, match=f"not of this model; .*{message}"):
+            load_adapter(tiny_model(), path)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="not written by this program"):
+        load_adapter(tiny_model(), path)
     path.write_bytes(b"no such thing")
-    with pytest.raises(ModelError, match="no adapter file"):
-        load_adapter(model, path)
-    for name, value in lora_parameters(model).items():
-        assert torch.equal(value, before[name])
-    with pytest.raises(ModelError, match="no adapter to save"):
-        save_adapter(tiny_model(), path, {})
+    with pytest.raises(ModelError, match="damaged"):
+        load_adapter(tiny_model(), path)
 
 
 # ---- folders -------------------------------------------------------------------------------------
@@ -404,9 +387,9 @@ def test_folders_that_hold_no_model(tmp_path):
     folder = tmp_path / "base"
     refused(folder, "cannot be loaded")
     folder.mkdir()
-    refused(folder, "no config.json")
+    refused(folder, "config.json")
     tiny_config().save_pretrained(folder)
-    refused(folder, "no .*safetensors")
+    refused(folder, "no file named model.safetensors")
     (folder / "model.safetensors").write_bytes(b"cut off")
     refused(folder, "cannot be loaded")
     (folder / "config.json").write_text('{"model_type": "bert"}')
