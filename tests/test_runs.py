@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -191,15 +191,14 @@ def talk():
 
 
 def spoil():
-    """The last rank's second micro-batch has a loss of NaN: all ranks raise and name the record."""
+    """The last rank has a loss of NaN in its second micro-batch: it names the record, all raise."""
     run = bare_run()
     for number in range(2):
         factor = float("nan") if run.rank == run.world - 1 and number == 1 else 1.0
         loss = (run.parameters["x"] * factor).sum()
         loss.backward()
         trainer.check_finite(run, loss, [f"record-{run.rank}-{number}"])
-    message = r"gradient norm of step 7 is nan, from records record-1-1 \(loss nan\); the last"
-    with pytest.raises(trainer.StageError, match=message):
+    with pytest.raises(trainer.StageError, match="gradient norm of step 7 is nan; the last"):
         trainer.optimizer_step(run, 7, 10)
 
 
@@ -267,7 +266,7 @@ def test_a_signal_to_one_rank_stops_all(ranked):
     one, to the same end."""
     folder, seen, log = ranked
     assert seen["stopped"] == [143, 143] and seen["resumed"] == [0], log[-3000:]
-    assert "sft: stopped by SIGTERM after step 2 of 3" in log
+    assert "sft: stopped after step 2 of 3; the same command goes on" in log
     compare(folder / "world 1", folder / "stopped", STAGES)
 
 
@@ -285,6 +284,7 @@ def test_ranks_talk_and_fail_together(ranked):
     """Guards: names that only some ranks have; a rank that raises alone while others wait."""
     _, seen, log = ranked
     assert seen["talk"] == [0] * 3 and seen["spoil"] == [0] * 2, log[-3000:]
+    assert log.count("sft: the loss is nan, of records record-1-1") == 1
 
 
 # ---- kills, signals, disks -----------------------------------------------------------------------
@@ -446,7 +446,7 @@ def test_signals_finish_the_step_and_save(survived, name, status):
     of a sentence."""
     folder, seen, log = survived
     assert seen[name] == [status, True, 0], log[-3000:]
-    assert f"sft: stopped by {name} after step 2 of 3: type the same command to go on" in log
+    assert log.count("sft: stopped after step 2 of 3; the same command goes on") == 2
     same(folder / "straight", folder / name, ["sft"])
 
 
@@ -488,7 +488,7 @@ def test_inputs_that_changed(survived, tmp_path):
             path.write_text(path.read_text().replace("<answer>", "<answer> ", 1))
         elif name == "base":
             tensors = {key: tensor * 1.001 for key, tensor in tensors.items()}
-            trainer.save_file(tensors, path, metadata={"format": "pt"})
+            save_file(tensors, path, metadata={"format": "pt"})
         else:
             other = folder / "straight" / "grpo" / "adapter.safetensors"
             path.write_bytes(other.read_bytes())
@@ -504,7 +504,7 @@ def test_inputs_that_changed(survived, tmp_path):
     shutil.rmtree(run / "dpo")
     (run / "kept").rename(run / "dpo")
     (run / "dpo" / "checkpoint.safetensors").write_bytes(b"damaged")
-    with pytest.raises(trainer.StageError, match="cannot be read as a checkpoint"):
+    with pytest.raises(model_module.ModelError, match="checkpoint.safetensors: damaged"):
         safer.main(words)
     safer.main([*words, "--resume", "0"])
     same(folder / "straight", run, ["dpo"])

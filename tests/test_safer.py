@@ -152,23 +152,6 @@ def test_resume_equals_not_stopping(run_folder, monkeypatch, name):
     assert [row["loss"] for row in again] == [row["loss"] for row in rows]
 
 
-def test_a_log_that_was_shortened(run_folder):
-    """Guards: a resume that makes the log as long as it was, with zeros."""
-    records = safer.read_records(run_folder / "data" / "sft.jsonl", "sft")
-    config = parse_config(["--out", str(run_folder), *FLAGS, "--stages", "sft"])
-    run = trainer.open_run(config, "sft", records)
-    log = run.folder / "metrics.jsonl"
-    log.write_text('{"step": 0}\n{"step": 1}\n')
-    for parameter in run.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    run.optimizer.step()  # gives the state that a checkpoint holds
-    trainer.save_checkpoint(run, 2)
-    for text, kept in (('{"step": 0}\n', '{"step": 0}\n'), ("x" * 50, "x" * 24)):
-        log.write_text(text)
-        trainer.load_checkpoint(run)
-        assert log.read_text() == kept
-
-
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
 def test_memory_settings_change_nothing(run_folder, name):
     """Micro-batches and checkpointing are about memory and time: the loss curve stays."""
@@ -205,12 +188,13 @@ def test_judge_that_dies_leaves_a_checkpoint(run_folder, monkeypatch):
     assert [samples.count(f"== step {step},") for step in range(4)] == [4] * 4
 
 
-def test_checks_stop_the_run(run_folder, monkeypatch):
+def test_checks_stop_the_run(run_folder, monkeypatch, capsys):
     """A gradient that is not finite, sampler log-probabilities that are not the trainer's, a
     reference that is not the policy: each stops with a message."""
-    with pytest.raises(trainer.StageError, match="gradient norm of step 1.*from records sft-"):
+    with pytest.raises(trainer.StageError, match="gradient norm of step 1 is nan"):
         flags = "--max_steps 3 --sft_lr 1e30 --warmup 0".split()
         train(run_folder, "sft", "--stages", "sft", *flags)
+    assert "sft: the loss is nan, of records sft-" in capsys.readouterr().out
     sample = rollout.sample
 
     def wrong(*args, **kwargs):
