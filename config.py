@@ -449,7 +449,7 @@ def guard(folder, config, step, inputs, write=True):
     judge = os.environ.get("JUDGE_MODEL", "") if config.judge == "endpoint" else ""
     settings = vars(config) | {"JUDGE_MODEL": judge}
     now = {name: settings[name] for name in NEEDS[step]} | inputs
-    found = {"settings": settings, "inputs": {}, **versions()}
+    found = {"settings": settings, "inputs": inputs, **versions()}
     try:
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))

@@ -71,7 +71,7 @@ def picture(folder, name, color, size=(28, 28)):
     "one, other, same",
     [
         ("  How do I\nopen THIS?! ", "how do i open this", True),
-        ("o\u200bpen \uff34his", "open this", True),  # invisible; full width
+        ("\ufeffopen \uff34his", "open this", True),  # invisible; full width
         ("don\u2019t", "don't", True),
         ("knife,fork", "knife fork", True),
         ("knife,fork", "knifefork", False),
@@ -286,8 +286,6 @@ def test_from_pool_to_grpo(start, world, monkeypatch):
     assert len(set(seeds)) == len(seeds) == 22
     values = sum([row["scores"] for row in scored], [])
     assert len(values) == 66 and 0 < values.count(None) < 33
-    flags = sum([row["safe"] for row in scored], [])
-    assert [value is None for value in values] == [flag is None for flag in flags]
     status = statuses(folder)
     assert list(status) == list(pool)
     assert status["again"] == "duplicate" and status["p4"] == "overlap: image"
@@ -345,7 +343,7 @@ def test_two_models(start, world):
 def test_what_is_refused(start, tmp_path, capsys):
     """Guards: samples of other settings, or a box of others, taken for these; an evaluation set
     that is not there; words that go unread."""
-    with pytest.raises(data.DataError, match="has no scores: run `python qibox.py score`"):
+    with pytest.raises(data.DataError, match="none of 22 .*: run `python qibox.py score`"):
         start("box")
     more = tmp_path / "more.jsonl"
     with pytest.raises(data.DataError, match="more.jsonl: no such file"):
