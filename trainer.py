@@ -196,7 +196,7 @@ def open_run(config, stage, records):
     if rank == 0:
         open_folder(config, folder)
     policy, processor = load_policy(config, (), device)
-    longest, mean_image, max_image = data.check_lengths(
+    longest = data.check_lengths(
         records,
         getattr(config, f"{stage}_prompts").split(","),
         processor,
@@ -214,11 +214,8 @@ def open_run(config, stage, records):
     parameters = model.lora_parameters(policy)
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=config.weight_decay)
     run = Run(config, stage, folder, policy, processor, parameters, optimizer, device, rank, world)
-    report(
-        run,
-        f"{stage}: {len(records)} records, longest prompt {longest} tokens, image tokens mean "
-        f"{mean_image:.0f} max {max_image}, {device}, {world} rank(s)",
-    )
+    counts = f"{len(records)} records, longest prompt {longest} tokens"
+    report(run, f"{stage}: {counts}, {device}, {world} rank(s)")
     load_checkpoint(run)
     return run
 
