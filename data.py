@@ -418,47 +418,43 @@ def shown_plan(record, mode):
 # ---- tokens --------------------------------------------------------------------------------------
 
 
-ASSISTANT_TURN = [
-    (True, "<|im_end|>"),
-    (False, "\n"),
-    (True, "<|im_start|>"),
-    (False, "assistant\n"),
-]
-
-
-def render_prompt(system, question, image_pads):
-    """The prompt as segments (is_special, text): Qwen2.5-VL's chat template, laid out only here.
-
-    Args: system and question: plain text; image_pads: tokens per image, images before the question.
-    """
-    segments = [(True, "<|im_start|>"), (False, f"system\n{system}"), (True, "<|im_end|>")]
-    segments += [(False, "\n"), (True, "<|im_start|>"), (False, "user\n")]
-    for count in image_pads:
-        segments.append((True, "<|vision_start|>"))
-        segments += [(True, "<|image_pad|>")] * count
-        segments.append((True, "<|vision_end|>"))
-    return segments + [(False, question)] + ASSISTANT_TURN
-
-
 def encode_text(text, processor):
     """Plain text -> ids. A special token written out in the text becomes ordinary characters."""
     encode = processor.tokenizer
     return encode(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def encode_segments(segments, processor):
-    """Segments of render_prompt -> ids (P,)."""
-    ids = []
-    for special, text in segments:
-        ids += [processor.special[text]] if special else encode_text(text, processor)
-    return ids
+def open_turn(role, processor):
+    """How a turn of Qwen2.5-VL's chat template begins: ids."""
+    return [processor.special["<|im_start|>"], *encode_text(f"{role}\n", processor)]
+
+
+def encode_turn(role, content, processor):
+    """A whole turn of the template, around the ids of its content."""
+    end = [processor.end_of_turn, *encode_text("\n", processor)]
+    return open_turn(role, processor) + content + end
+
+
+def render_prompt(system, question, image_pads, processor):
+    """The ids (P,) of a prompt: system, user and the opening of the assistant's turn.
+
+    Args: system and question: plain text; image_pads: tokens per image, images before the question.
+    """
+    special = processor.special
+    content = []
+    for count in image_pads:
+        content.append(special["<|vision_start|>"])
+        content += [special["<|image_pad|>"]] * count
+        content.append(special["<|vision_end|>"])
+    content += encode_text(question, processor)
+    ids = encode_turn("system", encode_text(system, processor), processor)
+    return ids + encode_turn("user", content, processor) + open_turn("assistant", processor)
 
 
 def encode_prompt(system, question, images, processor):
     """System text, question and a tuple of Image -> Prompt."""
     counts = [pads(image.grid, processor) for image in images]
-    ids = encode_segments(render_prompt(system, question, counts), processor)
-    return Prompt(tuple(ids), tuple(images))
+    return Prompt(tuple(render_prompt(system, question, counts, processor)), tuple(images))
 
 
 def record_prompt(record, mode, processor):
@@ -473,9 +469,9 @@ def continue_prompt(prompt, response, request, processor):
     ids = [*prompt.ids, *response]
     if ids[-1] != processor.end_of_turn:  # the response was cut off
         ids.append(processor.end_of_turn)
-    turn = [(False, "\n"), (True, "<|im_start|>"), (False, f"user\n{request}")]
-    ids += encode_segments(turn + ASSISTANT_TURN, processor)
-    return Prompt(tuple(ids), prompt.images)
+    ids += encode_text("\n", processor)
+    ids += encode_turn("user", encode_text(request, processor), processor)
+    return Prompt((*ids, *open_turn("assistant", processor)), prompt.images)
 
 
 def encode_response(text, processor):
@@ -500,22 +496,20 @@ def check_lengths(records, modes, processor, max_prompt, max_response):
     longest = 0
     for record in records:
         name = f"{record.where}: id {record.id}"
-        image_tokens = 0
+        counts = []
         for path in record.images:
             with PIL.Image.open(path) as image:
-                grid = image_grid(*image.size, processor)
-            image_tokens += pads(grid, processor) + 2  # between vision start and end
+                counts.append(pads(image_grid(*image.size, processor), processor))
         for mode in modes:
             if mode == "planned" and record.plan is None:
                 problems.append(f"{name}: no plan for the planned prompt; build.py plans records")
                 continue
             system = system_prompt(mode, shown_plan(record, mode))
-            text = encode_segments(render_prompt(system, record.question, []), processor)
-            length = len(text) + image_tokens
+            length = len(render_prompt(system, record.question, counts, processor))
             longest = max(longest, length)
             if length > max_prompt:
                 problems.append(
-                    f"{name}: {length} prompt tokens ({image_tokens} of them image) under the "
+                    f"{name}: {length} prompt tokens ({sum(counts)} of them image) under the "
                     f"{mode} prompt, over --max_prompt {max_prompt}; --max_pixels shrinks images"
                 )
         for field_name in ("response", "chosen", "rejected"):

@@ -219,15 +219,14 @@ def test_system_prompts_are_short_and_hold_what_they_should():
 def test_prompt_is_qwens_chat_template(processor):
     """Guards: a system prompt, line break or generation prompt that differs from what Qwen2.5-VL
     was tuned on. Written out by hand."""
-    segments = data.render_prompt("Be kind.", "What is this?", [2, 1])
+    ids = data.render_prompt("Be kind.", "What is this?", [2, 1], processor)
     text = (
         "<|im_start|>system\nBe kind.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
         "<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert "".join(part for _, part in segments) == text
-    assert processor.tokenizer.decode(data.encode_segments(segments, processor)) == text
+    assert processor.tokenizer.decode(ids) == text
 
 
 def test_text_cannot_forge_special_tokens(processor):
