@@ -417,7 +417,8 @@ def write_whole(path, write):
         part.replace(path)
         sync(path.parent)
     except Exception as error:  # safetensors wraps what the system says in a class of its own
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
         raise OSError(
             f"{path}: cannot be written ({error}); what was there is unchanged"
         ) from error
