@@ -194,7 +194,7 @@ def open_run(config, stage, records):
     if share < world:
         raise ConfigError(f"{stage}: {share} records per optimizer step for {world} ranks")
     if rank == 0:
-        open_folder(config, folder)
+        open_folder(config, folder, stage)
     policy, processor = load_policy(config, (), device)
     longest = data.check_lengths(
         records,
@@ -220,8 +220,9 @@ def open_run(config, stage, records):
     return run
 
 
-def open_folder(config, folder):
-    """Lock the folder, remove what a kill has left, and what --resume 0 does not go on from."""
+def open_folder(config, folder, stage):
+    """Before the weights are loaded: lock the folder, remove what a kill has left, and what
+    --resume 0 does not go on from, and see that the settings are those it was begun with."""
     lock_folder(folder)
     patterns = ["*.part", ".tmp*"]
     if not config.resume:
@@ -229,6 +230,7 @@ def open_folder(config, folder):
     for pattern in patterns:
         for rest in folder.glob(pattern):
             rest.unlink()
+    guard(folder, config, stage, {}, write=False)
 
 
 def report(run, text):
