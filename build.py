@@ -13,8 +13,9 @@
 
 The planner (PAPERS 1.2) returns persona, tools and topology; its prompts and rules were not found,
 so both are ours, and so are the six kinds of perturbation: the paper says only that rejected
-responses inject errors of tool selection or tool execution. The outcome of an item that was planned
-is a row of work/items.jsonl; a second start skips what is there.
+responses inject errors of tool selection or tool execution. Every usable reply is kept in work/, so
+a second start goes on where the first one was. What became of an item, and why, is a row of
+work/items.jsonl.
 """
 
 import json
@@ -33,10 +34,8 @@ from config import ConfigError, fingerprint, guard, parse_config, run_command, w
 from data import (
     SETS,
     DataError,
-    append_jsonl,
     read_records,
     records_fingerprint,
-    resume_jsonl,
     system_prompt,
     write_jsonl,
 )
@@ -75,7 +74,6 @@ why, and point to help."""
 
 # ---- the planner ---------------------------------------------------------------------------------
 
-HARMS = ("none", "words", "combined", "image-text")
 # What the case shows -> (in words, persona, topology, tools). In a shield the tools behind the gate
 # are for a gate that does not refuse: a refusal ends at SAFETY-GATE.
 RULES = {
@@ -130,7 +128,8 @@ def plan_by_rules(signals: dict) -> tuple[Plan, str]:
     signals, all optional: harm "none" | "words" | "combined" | "image-text"; wrapper, scary (benign
     with alarming words or objects), unclear (unreadable or conflicting evidence), image (default
     True). Raises PlanError on an unknown signal, and on harm in an image that is not there."""
-    known = {"harm": HARMS} | dict.fromkeys(("wrapper", "scary", "unclear", "image"), (False, True))
+    known = {"harm": ("none", "words", "combined", "image-text")}
+    known |= dict.fromkeys(("wrapper", "scary", "unclear", "image"), (False, True))
     for key, value in signals.items():
         if value not in known.get(key, ()):
             raise PlanError([f"Unknown signal {key}={value!r}; known: {known}."])
@@ -388,25 +387,19 @@ def ask_teacher(record, plan, teacher, urls):
     return check
 
 
-def make_items(records, placed, sizes, teacher, scorer, config, path):
+def make_items(records, placed, sizes, teacher, scorer, config):
     """Draft and plan. Returns {id: row}; `placed` gets each item's set or outcome.
 
     Training items are drafted until there are enough good ones; of the rest, those that were
     rejected among them, come the GRPO prompts."""
-    known = {}
-    for row in resume_jsonl(path):
-        if not row["outcome"].startswith("failed"):  # those are asked again
-            known[row["id"]] = row
+    made = {}
 
-    def make(chosen, start, *servers):
-        """The rows of a batch, asked side by side, where there are none yet."""
-        batch = chosen[start : start + BATCH]
-        missing = [record for record in batch if record.id not in known]
+    def make(items, scorer=None):
+        """The rows of these items, asked side by side."""
         with ThreadPoolExecutor(teacher.threads) as pool:
-            rows = list(pool.map(lambda record: draft(record, config, *servers), missing))
-        append_jsonl(path, rows)
-        known.update((row["id"], row) for row in rows)
-        return [known[record.id] for record in batch]
+            for row in pool.map(lambda record: draft(record, config, teacher, scorer), items):
+                made[row["id"]] = row
+                placed[row["id"]] = row["outcome"]
 
     spare = [record for record in records if placed[record.id] == "spare"]
     held_out = [record for record in records if placed[record.id] == "eval"]
@@ -414,20 +407,20 @@ def make_items(records, placed, sizes, teacher, scorer, config, path):
     for start in tqdm(range(0, len(spare), BATCH), desc="build: drafts", leave=False):
         if len(accepted) >= sizes["sft"]:
             break
-        for row in make(spare, start, teacher, scorer):
-            placed[row["id"]] = row["outcome"]
-            if row["outcome"] == "accepted":
-                accepted.append(row["id"])
+        batch = spare[start : start + BATCH]
+        make(batch, scorer)
+        accepted += [record.id for record in batch if placed[record.id] == "accepted"]
     if not accepted:
         counts = dict(Counter(placed.values()))
         raise DataError(f"no response of the teacher was accepted, so nothing can train: {counts}")
     placed |= dict.fromkeys(accepted[: sizes["sft"]], "sft")
     rest = [record for record in spare if not placed[record.id].startswith(("sft", "failed"))]
     for name, chosen in (("grpo", rest[: sizes["grpo"]]), ("eval", held_out)):
-        for start in range(0, len(chosen), BATCH):
-            for row in make(chosen, start, teacher):
-                placed[row["id"]] = name if "plan" in row else row["outcome"]
-    return known
+        make([record for record in chosen if record.id not in made])
+        for record in chosen:
+            if "plan" in made[record.id]:
+                placed[record.id] = name
+    return made
 
 
 def add_pairs(records, rows, scorer, seed):
@@ -450,22 +443,22 @@ def add_pairs(records, rows, scorer, seed):
             row["rejected"][kind] = case.check.text
 
 
-def write_sets(folder, records, placed, known):
+def write_sets(folder, records, placed, made):
     """The four files, in the order of raw.jsonl. Returns what is in each, for the card."""
     sets = {name: [] for name in SETS}
     for record in records:
         name = placed[record.id]
         if name not in sets:
             continue
-        made = known[record.id]
-        row = record_row(record, folder) | {"plan": made["plan"]}
+        item = made[record.id]
+        row = record_row(record, folder) | {"plan": item["plan"]}
         if name == "eval":
             row["benchmark"] = "held-out"
         if name == "sft":
-            for kind, text in made["rejected"].items():
-                pair = {"chosen": made["response"], "rejected": text, "perturbation": kind}
+            for kind, text in item["rejected"].items():
+                pair = {"chosen": item["response"], "rejected": text, "perturbation": kind}
                 sets["dpo"].append(row | {"id": f"{record.id}-{kind}"} | pair)
-            row["response"] = made["response"]
+            row["response"] = item["response"]
         sets[name].append(row)
     card = {}
     for name, rows in sets.items():
@@ -503,26 +496,23 @@ def main(argv):
         "teacher": f"{teacher.model} {teacher.params}",
         "judge": f"{scorer.model} {scorer.params}",
     }
-    guard(work, config, "build", inputs, write=False)
+    lock_folder(work)
     card_path = folder / "card.json"
+    if not card_path.exists():
+        teacher.preflight()
+        scorer.preflight()
+    guard(work, config, "build", inputs)
     if card_path.exists():
         return print(f"build: {folder} is there already")
     share = min(1, len(records) / sum(SIZES.values()))
     sizes = {name: round(size * share) for name, size in SIZES.items()}
     placed = split_items(records, sizes["eval"])
-    lock_folder(work)
-    teacher.preflight()
-    scorer.preflight()
-    guard(work, config, "build", inputs)
-    path = work / "items.jsonl"
-    try:
-        known = make_items(records, placed, sizes, teacher, scorer, config, path)
-        chosen = [record for record in records if placed[record.id] == "sft"]
-        add_pairs(chosen, [known[record.id] for record in chosen], scorer, config.seed)
-    except JudgeError as error:
-        raise JudgeError(f"{error}\nbuild: the same command goes on from {path}") from error
+    made = make_items(records, placed, sizes, teacher, scorer, config)
+    write_jsonl(work / "items.jsonl", made.values())
+    chosen = [record for record in records if placed[record.id] == "sft"]
+    add_pairs(chosen, [made[record.id] for record in chosen], scorer, config.seed)
     card = {"inputs": inputs, "items": Counter(placed.values())}  # every raw item is in one count
-    card |= write_sets(folder, records, placed, known)
+    card |= write_sets(folder, records, placed, made)
     write_text(card_path, json.dumps(card, indent=1, ensure_ascii=False) + "\n")  # last
     print(f"build: {folder}: {dict(card['items'])}")
     print(f"build: teacher {dict(teacher.counts)}, judge {dict(scorer.counts)}")

@@ -1,32 +1,31 @@
 """Every setting of a run in one dataclass: what it means, its unit, and what the papers say of it.
 
     python config.py --recipe 3b --grpo_lr 2e-5     prints the settings, or every mistake at once
-    python config.py --get stages --recipe tiny     prints one of them
     python config.py --help                         prints all flags
 
-A text under a field is its help. Sources: TK is the released code of SaFeR-ToolKit, CN a reading
-note of the paper; "ours" is our own choice where the papers say nothing that could be found. A
-recipe is a set of other defaults; a flag overrides both.
+Each field of Config is a flag, and the text under it is its help. Sources: TK is the released code
+of SaFeR-ToolKit, CN a reading note of the paper; "ours" is our own choice where the papers say
+nothing that could be found. A recipe is a set of other defaults; a flag overrides both.
 
 Also here, since every other file may need them: the one way to write a file, and the one guard that
 keeps a folder from being continued with other settings or inputs.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import inspect
 import json
 import math
 import os
-import re
+import shlex
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal, get_args
 
 STAGES = ("sft", "dpo", "grpo")  # in the order of the curriculum
 PROMPT_MODES = ("planned", "toolkit", "generic")
@@ -35,10 +34,12 @@ PACKAGES = ("torch", "transformers", "safetensors", "pillow", "numpy", "tqdm")
 
 @dataclass(frozen=True)
 class Config:
+    """Flags are written --seed 3 or --seed=3, those of type bool --resume 0 or --resume 1."""
+
     # ---- the run
-    recipe: str = "tiny"
+    recipe: Literal["tiny", "3b", "7b", "tiny-vlm", "3b-vlm", "7b-vlm"] = "tiny"
     """tiny (the miniature world, CPU), 3b or 7b (Qwen2.5-VL-Instruct, as both papers); with -vlm:
-    SaFeR-VLM instead of SaFeR-ToolKit, the same as --method vlm"""
+    SaFeR-VLM instead of SaFeR-ToolKit; --method vlm and --method toolkit choose between the two"""
     model: str = ""
     """base model: a folder or hub name; empty: the one that extras/toy_base.py trains"""
     data: str = ""
@@ -50,33 +51,21 @@ class Config:
     """seeds data order, LoRA's A, and every sample of every prompt"""
     max_steps: int = 0
     """optimizer steps (GRPO: rollouts) after which each stage ends early, 0 = none; for trials"""
-    stages: str = "sft,dpo,grpo"
-    """the curriculum, in this order. Paper: SFT, DPO, GRPO; "sft,grpo" is an ablation (CN)"""
+    stages: Literal["sft,dpo,grpo", "sft,dpo", "sft,grpo", "dpo,grpo", "sft", "dpo", "grpo"] = (
+        "sft,dpo,grpo"
+    )
+    """the curriculum. Paper: SFT, DPO, GRPO; "sft,grpo" is an ablation (CN)"""
     resume: bool = True
     """1: go on from the last checkpoint of an interrupted stage; 0: start the stage again"""
     dry_run: bool = False
     """1: check everything, print stages with estimated memory and time, and train nothing"""
 
-    # ---- data (build.py, qibox.py)
-    curate: str = "none"
-    """GRPO's prompts: none (all), qibox (SaFeR-VLM's box of quality and instability), random (as
-    many, at random; its ablation)"""
-    qi_samples: int = 4
-    """responses per prompt and model to find its quality and instability. Paper: outputs of 7
-    models; how many each was not found"""
-    qi_low: float = 0.1
-    """lowest quality inside the box, a quantile of the pool. Ours"""
-    qi_high: float = 0.9
-    """highest quality inside the box, a quantile. Paper: a band of moderate quality"""
-    qi_unstable: float = 0.5
-    """lowest instability inside the box, a quantile. Paper: high instability"""
-
     # ---- model and memory
-    dtype: str = "float32"
-    """float32 or bfloat16, of weights and activations; LoRA, losses and optimizer are always
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of weights and activations; LoRA, losses and optimizer are always
     float32. Paper: bf16 (TK)"""
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu or cuda"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one"""
     min_pixels: int = 3136
     """pixels an image is enlarged to at least, everywhere. Paper: 262,144 in training (TK), 338^2
     in evaluation (TK)"""
@@ -135,8 +124,8 @@ class Config:
     """passes over the prompts. Paper: 2 (TK)"""
     grpo_steps: int = 0
     """rollout steps, 0 = from grpo_epochs"""
-    grpo_schedule: str = "cosine"
-    """cosine, or constant without a warm-up. Paper: constant (TK)"""
+    grpo_schedule: Literal["cosine", "constant"] = "cosine"
+    """constant is without a warm-up. Paper: constant (TK)"""
     grpo_prompts: str = "generic,generic,planned"
     """prompt modes, see sft_prompts. Paper: its own template, which is our toolkit mode (TK)"""
     grpo_batch: int = 16
@@ -158,34 +147,42 @@ class Config:
     Paper: 0.01 (TK)"""
     advantage_std: bool = True
     """1: advantages are divided by the group's standard deviation. Paper: yes (TK)"""
-    loss_mean: str = "token"
-    """token, sequence or constant: what the loss is averaged over. Paper: token (TK)"""
-    reward: str = "checked"
-    """checked (ours), paper (the released formula), structured (SaFeR-VLM), or an ablation: answer,
-    answer+format, answer+format+depth, no-depth, no-compliance, no-tool-quality"""
-    judge: str = "toy"
+    loss_mean: Literal["token", "sequence", "constant"] = "token"
+    """what the loss is averaged over. Paper: token (TK)"""
+    reward: Literal[
+        "checked",
+        "paper",
+        "structured",
+        "answer",
+        "answer+format",
+        "answer+format+depth",
+        "no-depth",
+        "no-compliance",
+        "no-tool-quality",
+    ] = "checked"
+    """checked (ours), paper (the released formula), structured (SaFeR-VLM), or an ablation"""
+    judge: Literal["toy", "endpoint", "labels"] = "toy"
     """toy (the miniature world's oracle), endpoint (JUDGE_URL, JUDGE_MODEL, JUDGE_KEY) or labels
     (rules on the record's labels, and what form the answer has: by the endpoint if there is one,
     else by phrases)"""
-    filtered: str = "drop"
+    filtered: Literal["drop", "unsafe"] = "drop"
     """what a response is that the judge's server refuses to read by a content filter: drop (left
     out and counted) or unsafe (the worst grades)"""
     rollout_rows: int = 128
     """samples decoded side by side"""
 
     # ---- GRPO as SaFeR-VLM does it
-    rollout: str = "plain"
+    rollout: Literal["plain", "reflect", "discard"] = "plain"
     """plain, reflect (the policy reflects on unsafe samples and corrects them; SaFeR-VLM) or
     discard (they are left out; its ablation)"""
     reflect_rounds: int = 1
     """corrections of a response that stays unsafe. Ours; the paper's number was not found"""
-    credit: str = "prompt"
+    credit: Literal["prompt", "reflection"] = "prompt"
     """context in which a correction is trained: prompt (as a first answer) or reflection (the chat
     it was sampled in). Ours; not found"""
-    unsafe: str = "keep"
-    """keep or drop: whether an unsafe response that was corrected stays in its group beside the
-    correction; dropped, unsafe and then corrected is worth as much as safe at once. Ours; not
-    found"""
+    unsafe: Literal["keep", "drop"] = "keep"
+    """whether an unsafe response that was corrected stays in its group beside the correction;
+    dropped, unsafe and then corrected is worth as much as safe at once. Ours; not found"""
     weight_reasoning: float = 0.5
     """structured reward: share of the reasoning block, the answer block has the rest. Ours; not
     found"""
@@ -201,6 +198,20 @@ class Config:
     safety_gate: bool = True
     """structured reward: 1: every unsafe response is worth less than every safe one (ours); 0: the
     formula as far as it was found"""
+
+    # ---- the prompts of GRPO (qibox.py)
+    curate: Literal["none", "qibox", "random"] = "none"
+    """none: all of them; qibox: SaFeR-VLM's box of quality and instability; random: as many, at
+    random (its ablation)"""
+    qi_samples: int = 4
+    """responses per prompt and model to find its quality and instability. Paper: outputs of 7
+    models; how many each was not found"""
+    qi_low: float = 0.1
+    """lowest quality inside the box, a quantile of the pool. Ours"""
+    qi_high: float = 0.9
+    """highest quality inside the box, a quantile. Paper: a band of moderate quality"""
+    qi_unstable: float = 0.5
+    """lowest instability inside the box, a quantile. Paper: high instability"""
 
     # ---- evaluation
     eval_prompts: str = "generic,planned"
@@ -261,45 +272,35 @@ RECIPES = {
 }
 RECIPES |= {f"{name}-vlm": dict(recipe, **VLM) for name, recipe in RECIPES.items()}
 RECIPES["tiny-vlm"] |= dict(grpo_steps=100, eval_prompts="generic", qi_samples=8)
-CHOICES = {
-    "recipe": list(RECIPES),
-    "dtype": ["float32", "bfloat16"],
-    "device": ["auto", "cpu", "cuda"],
-    "judge": ["toy", "endpoint", "labels"],
-    "loss_mean": ["token", "sequence", "constant"],
-    "rollout": ["plain", "reflect", "discard"],
-    "credit": ["prompt", "reflection"],
-    "unsafe": ["keep", "drop"],
-    "filtered": ["drop", "unsafe"],
-    "curate": ["none", "qibox", "random"],
-    "grpo_schedule": ["cosine", "constant"],
-    "reward": "checked paper structured answer answer+format answer+format+depth no-depth"
-    " no-compliance no-tool-quality".split(),
-}
+METHODS = {"toolkit": "", "vlm": "-vlm"}  # --method -> how the recipe's name ends
 # The only numbers that may be 0.
-MAY_BE_0 = set(
+MAY_BE_0 = (
     "seed max_steps resume dry_run qi_low qi_high qi_unstable checkpointing"
     " weight_decay warmup grpo_steps dual_clip kl_coef advantage_std weight_reasoning weight_logic"
-    " weight_grounding weight_safety penalties safety_gate eval_limit".split()
-)
+    " weight_grounding weight_safety penalties safety_gate eval_limit"
+).split()
 # A run may go on with others of these: they change rounding, or what is evaluated.
-FREE = set(
+FREE = (
     "out resume dry_run device micro_tokens checkpointing rollout_rows benchmarks bench_data"
-    " eval_limit eval_prompts".split()
-)
-# GRPO's alone: SFT and DPO do not depend on them.
-ROLLOUT = set(
-    "temperature clip_low clip_high dual_clip kl_coef advantage_std loss_mean reward judge"
-    " JUDGE_MODEL filtered rollout reflect_rounds credit unsafe weight_reasoning weight_logic"
-    " weight_grounding weight_safety penalties safety_gate curate qi_samples qi_low qi_high"
-    " qi_unstable".split()
-)
-# All that these two depend on. The model whose answers are scored is one of QI-Box's inputs.
-BUILD = set("seed min_pixels max_pixels max_response".split())
-QIBOX = BUILD | set(
-    "dtype temperature judge JUDGE_MODEL filtered weight_reasoning weight_logic weight_grounding"
-    " weight_safety penalties curate qi_samples qi_low qi_high qi_unstable".split()
-)
+    " eval_limit eval_prompts"
+).split()
+BINDING = [field.name for field in dataclasses.fields(Config) if field.name not in FREE]
+BINDING += ["JUDGE_MODEL"]
+# Step -> the settings that it depends on. Config has them in the order of the curriculum, so a
+# stage's are all above those of the next one. Of QI-Box the model is one of the inputs.
+NEEDS = {
+    "build": "seed min_pixels max_pixels max_response".split(),
+    "qibox": (
+        "seed min_pixels max_pixels max_response dtype temperature judge JUDGE_MODEL filtered"
+        " weight_reasoning weight_logic weight_grounding weight_safety penalties"
+        " curate qi_samples qi_low qi_high qi_unstable"
+    ).split(),
+    "sft": BINDING[: BINDING.index("dpo_lr")],
+    "dpo": BINDING[: BINDING.index("grpo_lr")],
+    "grpo": BINDING,
+    "eval": BINDING,
+    None: [],
+}
 
 
 class ConfigError(ValueError):
@@ -309,10 +310,14 @@ class ConfigError(ValueError):
 # ---- flags -------------------------------------------------------------------------------------
 
 
-def field_help():
-    """Field name -> the text under it, read from this file's own source."""
-    source = inspect.getsource(Config)
-    return dict(re.findall(r'^    (\w+): .*\n    """((?:.|\n)+?)"""', source, re.M))
+class Parser(argparse.ArgumentParser):
+    """argparse with the source of Config as its help, and a ConfigError for a wrong word."""
+
+    def error(self, message):
+        raise ConfigError(f"{message}; python config.py --help lists the flags")
+
+    def format_help(self):
+        return inspect.getsource(Config)
 
 
 def zero_or_one(text):
@@ -322,93 +327,71 @@ def zero_or_one(text):
     return text == "1"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ConfigError(f"{message}; python config.py --help lists the flags")
-
-
-def make_parser():
-    """One flag for each field. Raises ConfigError where argparse would leave the program."""
-    parser = Parser(prog="config.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--method", choices=("toolkit", "vlm"), help="vlm: the recipe's -vlm form")
-    help_of = field_help()
-    for field in dataclasses.fields(Config):
-        form = {"type": field.type}
-        if field.type is bool:  # --dry_run alone is --dry_run 1
-            form = {"type": zero_or_one, "nargs": "?", "const": True}
-        parser.add_argument(
-            f"--{field.name}",
-            **form,
-            choices=CHOICES.get(field.name),
-            help=f"({field.default!r}) {help_of[field.name]}".replace("%", "%%"),
-        )
-    return parser
-
-
 def parse_config(argv):
-    """Flags (`--name value` or `--name=value`) -> Config. Raises ConfigError."""
-    values = vars(make_parser().parse_args(argv))
-    recipe = values.get("recipe", "tiny")
-    if "method" in values:
-        form = "-vlm" if values.pop("method") == "vlm" else ""
-        recipe = recipe.removesuffix("-vlm") + form
-    config = Config(**RECIPES[recipe] | values | {"recipe": recipe})
-    problems = check_config(config)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config if config.out else dataclasses.replace(config, out=run_folder(config))
+    """Flags -> Config. Raises ConfigError with every mistake; leaves the program at --help."""
+    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--method", choices=METHODS)
+    for field in dataclasses.fields(Config):
+        flag = f"--{field.name}"
+        if field.type is bool:  # --dry_run alone is --dry_run 1
+            parser.add_argument(flag, type=zero_or_one, nargs="?", const=True)
+        elif get_args(field.type):  # of a Literal
+            parser.add_argument(flag, choices=get_args(field.type))
+        else:
+            parser.add_argument(flag, type=field.type)
+    values = vars(parser.parse_args(argv))
+    recipe = values.pop("recipe", "tiny")
+    method = values.pop("method", None)
+    if method:
+        recipe = recipe.removesuffix("-vlm") + METHODS[method]
+    plain = Config(recipe, **RECIPES[recipe])
+    config = dataclasses.replace(plain, **values)
+    check_config(config)
+    return dataclasses.replace(config, out=config.out or run_folder(config, plain))
 
 
 def check_config(config):
-    """Everything wrong with the values, one line each."""
-    problems = []
+    """Raises ConfigError with everything that is wrong with the values, one line each."""
+    rules = {}  # what is said where it does not hold -> whether it holds
     for name, value in vars(config).items():
-        if name.endswith("_prompts") and not set(value.split(",")) <= set(PROMPT_MODES):
-            modes = ", ".join(PROMPT_MODES)
-            problems.append(f"--{name} {value}: expected words of {modes}, joined by commas")
-        if isinstance(value, str):
-            continue
-        if not 0 <= value < math.inf:  # also what is not a number
-            problems.append(f"--{name} {value}: expected a number of 0 or more")
-        elif value == 0 and name not in MAY_BE_0:
-            problems.append(f"--{name} {value}: must be above 0")
+        flag = f"--{name} {value}"
+        if name.endswith("_prompts"):
+            modes = set(value.split(",")) <= set(PROMPT_MODES)
+            rules[f"{flag}: expected words of {PROMPT_MODES}, joined by commas"] = modes
+        elif name in MAY_BE_0:
+            rules[f"{flag}: expected a number of 0 or more"] = 0 <= value < math.inf
+        elif not isinstance(value, str):
+            rules[f"{flag}: expected a number above 0"] = 0 < value < math.inf
 
-    stages = config.stages.split(",")
-    in_order = stages == [stage for stage in STAGES if stage in stages]
-    weights = config.weight_logic + config.weight_grounding + config.weight_safety
     structured = config.reward == "structured"
-    pixels = f"--min_pixels {config.min_pixels}: is above --max_pixels {config.max_pixels}"
-    rules = {  # what is said where it does not hold
-        f"--stages {config.stages}: expected some of {','.join(STAGES)}, in this order": in_order,
-        "--warmup, --clip_low: must be below 1": max(config.warmup, config.clip_low) < 1,
+    rules |= {
+        "--min_pixels: is above --max_pixels": config.min_pixels <= config.max_pixels,
         "--dual_clip: must be above 1, or 0 for none": not 0 < config.dual_clip <= 1,
         "--qi_low, --qi_high, --qi_unstable: expected low <= high <= 1 and unstable <= 1": (
             config.qi_low <= config.qi_high <= 1 and config.qi_unstable <= 1
         ),
-        "--weight_reasoning: at most 1; one of the other three --weight_ must be above 0": (
-            config.weight_reasoning <= 1 and weights > 0
-        ),
+        "--weight_reasoning: must be 1 at most": config.weight_reasoning <= 1,
         "--reward structured needs a judge that grades; labels cannot: use --judge endpoint": (
             not structured or config.judge != "labels"
         ),
         "--rollout reflect and discard need the judge's safety flag: use --reward structured": (
             structured or config.rollout == "plain"
         ),
-        pixels: config.min_pixels <= config.max_pixels,
         "--grpo_k 1: a group of one has no advantage; expected 2 or more": config.grpo_k != 1,
         "--grpo_update_batch must divide --grpo_batch, or prompts would be dropped": (
-            config.grpo_batch % max(1, config.grpo_update_batch) == 0
+            config.grpo_batch % (config.grpo_update_batch or 1) == 0
         ),
     }
-    return problems + [message for message, holds in rules.items() if not holds]
+    wrong = [message for message, holds in rules.items() if not holds]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
 
 
-def run_folder(config):
+def run_folder(config, plain):
     """out/<recipe> and the flags that differ from it, so that no two runs share a folder."""
-    recipe = Config(**RECIPES[config.recipe] | {"recipe": config.recipe})
     words = [config.recipe]
     for name, value in vars(config).items():
-        if value != getattr(recipe, name) and name not in FREE:
+        if value != getattr(plain, name) and name not in FREE:
             words.append(f"{name}{value}".replace("/", "_").replace(",", "+"))
     return "out/" + "-".join(words)
 
@@ -432,8 +415,8 @@ def write_whole(path, write):
     Raises OSError, with the old file as it was, when the disk is full or read-only.
     """
     path = Path(path)
-    writer = f"{os.getpid()}-{threading.get_ident()}"  # two may write the same file at once
-    part = path.with_name(f"{path.name}.{writer}.part")
+    # two may write the same file at once
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
@@ -441,10 +424,11 @@ def write_whole(path, write):
         part.replace(path)
         sync(path.parent)
     except Exception as error:  # safetensors wraps what the system says in a class of its own
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        message = f"{path}: cannot be written ({error}); what was there is unchanged"
-        raise OSError(message) from error
+        if part.exists():
+            part.unlink()
+        raise OSError(
+            f"{path}: cannot be written ({error}); what was there is unchanged"
+        ) from error
 
 
 def write_text(path, text):
@@ -455,80 +439,53 @@ def write_text(path, text):
 # ---- the guard -----------------------------------------------------------------------------------
 
 
-def fingerprint(*parts):
-    """SHA-256 over bytes or plain values, 16 hex digits of it: to notice changes, not attacks."""
-    digest = hashlib.sha256()
-    for part in parts:
-        content = part if isinstance(part, bytes) else repr(part).encode()
-        digest.update(hashlib.sha256(content).digest())  # one each: no border can move
-    return digest.hexdigest()[:16]
-
-
-def run_settings(config):
-    """All settings, and the judge model of the environment, which is one of them in all but
-    form."""
-    judge = os.environ.get("JUDGE_MODEL", "") if config.judge != "toy" else ""
-    return dataclasses.asdict(config) | {"JUDGE_MODEL": judge}
-
-
-def needed_settings(step):
-    """Names of the settings that a step (sft, dpo, grpo, eval, qibox, build) depends on: a stage
-    on those before it, not on those after; step None on none."""
-    if step is None:
-        return set()
-    if step in ("qibox", "build"):
-        return QIBOX if step == "qibox" else BUILD
-    names = {field.name for field in dataclasses.fields(Config)} | {"JUDGE_MODEL"}
-    names -= FREE
-    if step in ("sft", "dpo"):
-        names -= ROLLOUT
-    order = (*STAGES, "eval")
-    later = tuple(f"{stage}_" for stage in order[order.index(step) + 1 :])
-    return {name for name in names if not name.startswith(later)}
+def fingerprint(value):
+    """SHA-256 over a plain value as it prints, 16 hex digits: to notice changes, not attacks."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def guard(folder, config, step, inputs, write=True):
     """Keep a folder from being continued with other settings or inputs than it was begun with.
 
-    Args: step: see needed_settings; inputs: {name: fingerprint} of what the step starts from, such
-    as its records, the base, earlier adapters. The first call writes <folder>/config.json:
-    settings, inputs, git commit, versions. A later call compares, and adds inputs that are new;
-    with write=False it only compares. Raises ConfigError, naming every difference.
+    Args: step: one of NEEDS; inputs: {name: fingerprint} of what the step starts from, such as its
+    records, the base, earlier adapters. The first call writes <folder>/config.json: settings (the
+    judge model of the environment is one of them in all but form), inputs, git commit, versions. A
+    later call compares, and adds inputs that are new; with write=False it only compares. Raises
+    ConfigError, naming every difference.
     """
     path = Path(folder) / "config.json"
-    settings = run_settings(config)
-    found = None
-    if path.exists():
-        try:
+    judge = os.environ.get("JUDGE_MODEL", "") if config.judge != "toy" else ""
+    settings = vars(config) | {"JUDGE_MODEL": judge}
+    now = {name: settings[name] for name in NEEDS[step]} | inputs
+    found = {"settings": settings, "inputs": inputs, **versions()}
+    try:
+        if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            was = found["settings"] | found["inputs"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path}: damaged, or not written by this program ({error}); "
-                f"choose another --out, or delete {folder}"
-            ) from error
-        now = {name: settings[name] for name in sorted(needed_settings(step))} | inputs
-        changed = []
-        for name, value in now.items():
-            if was.get(name, value) != value:
-                changed.append(f"{name} was {was[name]!r}, is {value!r}")
-        if changed:
-            raise ConfigError(
-                f"{folder} was begun with other settings or inputs: {'; '.join(changed)}; "
-                "put back what was there, choose another --out, or delete that folder"
-            )
+        was = found["settings"] | found["inputs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: damaged, or not written by this program ({error}); "
+            f"choose another --out, or delete {folder}"
+        ) from error
+    changed = []
+    for name, value in now.items():
+        if was.get(name, value) != value:
+            changed.append(f"{name} was {was[name]!r}, is {value!r}")
+    if changed:
+        raise ConfigError(
+            f"{folder} was begun with other settings or inputs: {'; '.join(changed)}; "
+            "put back what was there, choose another --out, or delete that folder"
+        )
     if write:
-        found = found or {"settings": settings, "inputs": {}} | versions()
         found["inputs"] |= inputs
         write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def versions():
-    """The code that runs: git commit, python, packages."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    """The code that runs: git commit (or why there is none), python, packages."""
+    here = shlex.quote(str(Path(__file__).parent))
     return {
-        "commit": git.stdout.strip() or "not a git checkout",
+        "commit": subprocess.getoutput(f"git -C {here} rev-parse HEAD"),
         "python": sys.version.split()[0],
         "versions": {name: version(name) for name in PACKAGES},
     }
@@ -547,16 +504,10 @@ def run_command(main, *errors):
 
 
 def main(argv):
-    """Print the settings that the flags give, or with --get NAME one of them."""
-    if "--help" in argv:
-        return make_parser().print_help()
-    if argv[:1] != ["--get"]:
-        return print(json.dumps(vars(parse_config(argv)), indent=1, ensure_ascii=False))
-    values = vars(parse_config(argv[2:]))
-    if argv[1:2] and argv[1] in values:
-        value = values[argv[1]]
-        return print(int(value) if isinstance(value, bool) else value)
-    raise ConfigError(f"--get: expected a setting, one of {', '.join(values)}")
+    """Print the settings that the flags give; for run.sh, with --get NAME first, one of them."""
+    if argv[:1] == ["--get"]:
+        return print(getattr(parse_config(argv[2:]), argv[1]))
+    print(json.dumps(vars(parse_config(argv)), indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ SETS = {  # set -> text fields that a record must have beside id, images and que
 # Field -> its type; a field of another set, or of none, is a misspelt one.
 TYPES = {"id": str, "question": str, "images": list, "plan": dict, "meta": dict}
 OPTIONAL = {"eval": {"answer": str, "choices": list}}
+TYPE_NAMES = {str: "a text", list: "a list of texts", dict: "an object"}
 IMAGE_TAG = "<image>"  # the placeholder of the released layout
 SPECIAL_TOKENS = "<|im_start|> <|im_end|> <|vision_start|> <|image_pad|> <|vision_end|>".split()
 
@@ -126,19 +127,17 @@ def read_jsonl(path, growing=False):
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; expected JSON lines") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+        raise DataError(f"{path}: {error}") from error
     rows = []
     problems = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(dict(json.loads(line)))
             json_lines(rows[-1:]).encode()  # an error where half a character is in a text
-            if not isinstance(rows[-1], dict):
-                problems.append(f"{path}:{number}: expected an object, got {line[:60]}")
-        except (ValueError, RecursionError) as error:  # RecursionError: nesting without end
-            problems.append(f"{path}:{number}: not JSON: {error}")
+        except (ValueError, TypeError, RecursionError) as error:
+            problems.append(f"{path}:{number}: no JSON object: {error}")
     if problems:
         raise DataError("\n".join(problems))
     return rows
@@ -195,26 +194,20 @@ def read_records(path, kind):
     Raises DataError with every problem of the file: file, row, field, what was expected.
     """
     path = Path(path)
-    if path.suffix == ".json":
-        rows = read_released(path)
-    else:
-        rows = read_jsonl(path)
+    rows = read_released(path) if path.suffix == ".json" else read_jsonl(path)
     records = []
-    seen = {}
+    places = {}  # id -> where it was used
     problems = [] if rows else [f"{path}: no records"]
     for number, row in enumerate(rows, 1):
         where = f"{path}:{number}"
-        plan, faults = row_faults(row, kind, path.parent)
-        name = str(row.get("id"))
-        if name in seen:
-            faults.append(f"id: {name!r} was used before, at {seen[name]}")
-        seen.setdefault(name, where)
-        problems += [f"{where}: {fault}" for fault in faults]
+        faults = field_faults(row, kind)
         if not faults:
-            paths = tuple(str(path.parent / image) for image in row.get("images") or [])
-            texts = {key: value for key, value in row.items() if key not in TYPES}
-            meta = row.get("meta") or {}
-            records.append(Record(name, row["question"], paths, plan, meta, texts, where))
+            record, faults = make_record(row, path.parent, where)
+            if record.id in places:
+                faults.append(f"id: {record.id!r} was used before, at {places[record.id]}")
+            places[record.id] = where
+            records.append(record)
+        problems += [f"{where}: {fault}" for fault in faults]
     if problems:
         raise DataError(f"{len(problems)} problem(s) in {path}:\n  " + "\n  ".join(problems))
     return records
@@ -223,48 +216,53 @@ def read_records(path, kind):
 def read_released(path):
     """Rows of the released layout; <image> tags open the problem, the reward never reads
     `answer`."""
+    rows = []
     try:
-        items = list(json.loads(path.read_text(encoding="utf-8")))
-        rows = []
-        for number, item in enumerate(items, 1):
-            question = item["problem"].replace(IMAGE_TAG, "").strip()
-            name = str(item.get("id", number))
-            rows.append({"id": name, "question": question, "images": item.get("images", [])})
-            if item["problem"].count(IMAGE_TAG) != len(rows[-1]["images"]):
+        for number, item in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
+            images = item.get("images", [])
+            if item["problem"].count(IMAGE_TAG) != len(images):
                 raise ValueError(f"record {number}: not as many {IMAGE_TAG} tags as images")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            question = item["problem"].replace(IMAGE_TAG, "").strip()
+            rows.append({"id": str(item.get("id", number)), "question": question, "images": images})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: no JSON list of id, images, problem: {error!r}") from error
     return rows
 
 
-def row_faults(row, kind, folder):
-    """(Plan or None, everything wrong with a row), field by field."""
+def field_faults(row, kind):
+    """What is wrong with the fields of a row, by their names and types; null is as good as none."""
     types = TYPES | dict.fromkeys(SETS[kind], str) | OPTIONAL.get(kind, {})
     faults = []
     for name, value in row.items():
         if name not in types:
             faults.append(f"{name}: unknown field in the {kind} set; known: {', '.join(types)}")
-        elif not isinstance(value, types[name]) and value is not None:
-            faults.append(f"{name}: expected a {types[name].__name__}, got {value!r:.60}")
-        elif types[name] is list and not all(isinstance(item, str) for item in value or []):
-            faults.append(f"{name}: expected a list of texts, got {value!r:.60}")
+            continue
+        wrong = value is not None and not isinstance(value, types[name])
+        if types[name] is list and not wrong:
+            wrong = not all(isinstance(item, str) for item in value or [])
+        if wrong:
+            faults.append(f"{name}: expected {TYPE_NAMES[types[name]]}, got {value!r:.60}")
     for name in ("id", "question", *SETS[kind]):
         if not str(row.get(name) or "").strip():
             faults.append(f"{name}: expected text that is not empty, got {row.get(name)!r:.60}")
-    if not faults:
-        for name in row.get("images") or []:
-            fault = image_fault(str(folder / name))
-            if fault:
-                faults.append(f"images: {fault}")
-        if kind == "dpo" and row["chosen"] == row["rejected"]:
-            faults.append("rejected: is the same text as chosen")
+    return faults
+
+
+def make_record(row, folder, where):
+    """(Record, what is wrong with its images, its plan or its pair) of a row of sound fields."""
+    paths = tuple(str(folder / name) for name in row.get("images") or [])
+    faults = [f"images: {fault}" for fault in map(image_fault, paths) if fault]
     plan = None
     if row.get("plan"):
         try:
             plan = plan_from_dict(row["plan"])
         except PlanError as error:
             faults.append(f"plan: {error}")
-    return plan, faults
+    texts = {key: value for key, value in row.items() if key not in TYPES}
+    if "chosen" in texts and texts["chosen"] == texts["rejected"]:
+        faults.append("rejected: is the same text as chosen")
+    meta = row.get("meta") or {}
+    return Record(row["id"], row["question"], paths, plan, meta, texts, where), faults
 
 
 @functools.lru_cache(maxsize=None)  # a picture is often in several records
@@ -273,14 +271,12 @@ def image_fault(path):
     then."""
     try:
         with PIL.Image.open(path) as image:
-            width, height = image.size
             image.convert("RGB")
+            smart_resize(image.height, image.width)  # it takes ratios of the sides up to 200
     except FileNotFoundError:
         return f"{path}: no such file"
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         return f"{path}: cannot be read as an image ({error})"
-    if max(width, height) > 200 * min(width, height):
-        return f"{path}: {width}x{height}; Qwen2.5-VL's image processor takes ratios up to 200"
     return None
 
 
@@ -423,47 +419,46 @@ def shown_plan(record, mode):
 # ---- tokens --------------------------------------------------------------------------------------
 
 
-ASSISTANT_TURN = [
-    (True, "<|im_end|>"),
-    (False, "\n"),
-    (True, "<|im_start|>"),
-    (False, "assistant\n"),
-]
-
-
-def render_prompt(system, question, image_pads):
-    """The prompt as segments (is_special, text): Qwen2.5-VL's chat template, laid out only here.
-
-    Args: system and question: plain text; image_pads: tokens per image, images before the question.
-    """
-    segments = [(True, "<|im_start|>"), (False, f"system\n{system}"), (True, "<|im_end|>")]
-    segments += [(False, "\n"), (True, "<|im_start|>"), (False, "user\n")]
-    for count in image_pads:
-        segments.append((True, "<|vision_start|>"))
-        segments += [(True, "<|image_pad|>")] * count
-        segments.append((True, "<|vision_end|>"))
-    return segments + [(False, question)] + ASSISTANT_TURN
-
-
 def encode_text(text, processor):
     """Plain text -> ids. A special token written out in the text becomes ordinary characters."""
     encode = processor.tokenizer
     return encode(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def encode_segments(segments, processor):
-    """Segments of render_prompt -> ids (P,)."""
-    ids = []
-    for special, text in segments:
-        ids += [processor.special[text]] if special else encode_text(text, processor)
-    return ids
+def encode_turn(role, text, processor, image_pads=()):
+    """A whole turn of Qwen2.5-VL's chat template: ids. Images stand before the text; without one,
+    role and text are encoded together, since their line breaks may be one token."""
+    special = processor.special
+    ids = [special["<|im_start|>"]]
+    if image_pads:
+        ids += encode_text(f"{role}\n", processor)
+        for count in image_pads:
+            pads = [special["<|image_pad|>"]] * count
+            ids += [special["<|vision_start|>"], *pads, special["<|vision_end|>"]]
+        ids += encode_text(text, processor)
+    else:
+        ids += encode_text(f"{role}\n{text}", processor)
+    return [*ids, processor.end_of_turn, *encode_text("\n", processor)]
+
+
+def open_answer(processor):
+    """How the assistant's turn begins: ids."""
+    return [processor.special["<|im_start|>"], *encode_text("assistant\n", processor)]
+
+
+def render_prompt(system, question, image_pads, processor):
+    """The ids (P,) of a prompt: system, user and the opening of the assistant's turn.
+
+    Args: system and question: plain text; image_pads: tokens of each image.
+    """
+    ids = encode_turn("system", system, processor)
+    return ids + encode_turn("user", question, processor, image_pads) + open_answer(processor)
 
 
 def encode_prompt(system, question, images, processor):
     """System text, question and a tuple of Image -> Prompt."""
     counts = [pads(image.grid, processor) for image in images]
-    ids = encode_segments(render_prompt(system, question, counts), processor)
-    return Prompt(tuple(ids), tuple(images))
+    return Prompt(tuple(render_prompt(system, question, counts, processor)), tuple(images))
 
 
 def record_prompt(record, mode, processor):
@@ -478,9 +473,9 @@ def continue_prompt(prompt, response, request, processor):
     ids = [*prompt.ids, *response]
     if ids[-1] != processor.end_of_turn:  # the response was cut off
         ids.append(processor.end_of_turn)
-    turn = [(False, "\n"), (True, "<|im_start|>"), (False, f"user\n{request}")]
-    ids += encode_segments(turn + ASSISTANT_TURN, processor)
-    return Prompt(tuple(ids), prompt.images)
+    ids += encode_text("\n", processor)
+    ids += encode_turn("user", request, processor)
+    return Prompt((*ids, *open_answer(processor)), prompt.images)
 
 
 def encode_response(text, processor):
@@ -491,36 +486,30 @@ def encode_response(text, processor):
 
 def decode_response(ids, processor):
     """Response ids -> text, without the end-of-turn token."""
-    ids = list(ids)
-    if ids and ids[-1] == processor.end_of_turn:
-        ids.pop()
-    decode = processor.tokenizer.decode
-    return decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text.removesuffix("<|im_end|>")
 
 
 def check_lengths(records, modes, processor, max_prompt, max_response):
     """Count the tokens of every record before training.
 
-    Returns (longest prompt, mean image tokens, most image tokens). Raises DataError naming every
-    record over a limit, and every one that the planned prompt cannot be made for.
+    Returns the tokens of the longest prompt. Raises DataError naming every record over a limit, and
+    every one that the planned prompt cannot be made for.
     """
     problems = []
     longest = 0
-    image_tokens = [0]
     for record in records:
         name = f"{record.where}: id {record.id}"
         counts = []
         for path in record.images:
             with PIL.Image.open(path) as image:
                 counts.append(pads(image_grid(*image.size, processor), processor))
-        image_tokens += counts
         for mode in modes:
             if mode == "planned" and record.plan is None:
                 problems.append(f"{name}: no plan for the planned prompt; build.py plans records")
                 continue
             system = system_prompt(mode, shown_plan(record, mode))
-            text = encode_segments(render_prompt(system, record.question, []), processor)
-            length = len(text) + sum(counts) + 2 * len(counts)  # vision start and end
+            length = len(render_prompt(system, record.question, counts, processor))
             longest = max(longest, length)
             if length > max_prompt:
                 problems.append(
@@ -530,8 +519,8 @@ def check_lengths(records, modes, processor, max_prompt, max_response):
         for field_name in ("response", "chosen", "rejected"):
             tokens = len(encode_response(record.texts.get(field_name, ""), processor))
             if tokens > max_response:
-                limit = f"over --max_response {max_response}"
-                problems.append(f"{name}: {field_name}: {tokens} tokens, {limit}")
+                text = f"{field_name}: {tokens} tokens, over --max_response {max_response}"
+                problems.append(f"{name}: {text}")
     if problems:
         raise DataError(f"{len(problems)} record(s) do not fit:\n  " + "\n  ".join(problems))
-    return longest, sum(image_tokens) / max(1, len(image_tokens) - 1), max(image_tokens)
+    return longest

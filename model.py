@@ -27,7 +27,6 @@ import json
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -50,13 +49,12 @@ TARGETS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-ADAPTER_FORMAT = "safer-lora-1"
 LOGPROB_CHUNK = 1024  # response tokens whose logits exist at one time
 TOWER_PATCHES = 16384  # patches that go through the vision tower together
 
 
 class ModelError(RuntimeError):
-    """A model folder or an adapter file that cannot be used, and what to do about it."""
+    """A model folder or a file of tensors that cannot be used, and why."""
 
 
 # ---- loading -------------------------------------------------------------------------------------
@@ -69,10 +67,6 @@ def load_model(folder, dtype, device):
     Args: dtype: torch.float32 or torch.bfloat16.
     Raises ModelError: no config, no weights, another architecture, missing tensors.
     """
-    path = Path(folder)
-    for name in ("config.json", "*.safetensors"):
-        if path.exists() and not list(path.glob(name)):
-            raise ModelError(f"{folder}: holds no {name}; download config and weights")
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "qwen2_5_vl":
@@ -214,79 +208,100 @@ def cast_adapters(model):
 def merge_lora(model):
     """Fold every adapter into its weight, W <- W + (alpha / r) B A, in float32, and remove it.
 
-    Raises ModelError, before anything changes, when an adapter with a nonzero B would leave its
-    weight as it is: the update is below the resolution of the weight's dtype.
+    Raises ModelError when an adapter with a nonzero B would leave its weight as it is: the update
+    is below the resolution of the weight's dtype.
     """
     for name, layer in lora_layers(model).items():
         weight = layer.base.weight
-        if layer.B.any() and torch.equal(layer.merged(), weight):
+        merged = layer.merged()
+        if layer.B.any() and torch.equal(merged, weight):
             raise ModelError(
                 f"{name}: merging would change no weight in {weight.dtype}; "
                 "the adapter is too small, or merge in float32"
             )
-    for name, layer in lora_layers(model).items():
-        layer.base.weight.copy_(layer.merged())
+        weight.copy_(merged)
         parent, leaf = name.rsplit(".", 1)
         setattr(model.get_submodule(parent), leaf, layer.base)
 
 
-def save_adapter(model, path, metadata):
-    """Write all A and B, float32, to a safetensors file; rank, alpha and metadata are in its
-    header.
+# ---- files of tensors ----------------------------------------------------------------------------
 
-    Tensors: `model.language_model.layers.<i>.<target>.A` (r, in) and `.B` (out, r).
-    """
-    layers = lora_layers(model)
-    if not layers:
-        raise ModelError(f"{path}: the model has no adapter to save")
-    first = next(iter(layers.values()))
-    r = len(first.A)
-    header = {"r": r, "alpha": first.scale * r, "targets": TARGETS, "metadata": metadata}
-    parameters = lora_parameters(model).items()
-    tensors = {name: parameter.detach().cpu() for name, parameter in parameters}
-    words = {"format": ADAPTER_FORMAT, "header": json.dumps(header)}
+
+def write_tensors(path, tensors, header):
+    """Write {name: tensor}, and a header of plain values, to one safetensors file, whole or not at
+    all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    words = {"header": json.dumps(header)}
     write_whole(path, lambda part: save_file(tensors, part, metadata=words))
 
 
-def read_adapter(path):
-    """Read an adapter file -> (tensors by name, header: r, alpha, targets, metadata)."""
+def read_tensors(path):
+    """What write_tensors wrote -> ({name: tensor}, header)."""
     try:
         with safe_open(path, framework="pt") as file:
-            words = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: no adapter file: {error}") from error
-    if words.get("format") != ADAPTER_FORMAT:
-        raise ModelError(f"{path}: format is {words.get('format')!r}, expected {ADAPTER_FORMAT!r}")
-    return tensors, json.loads(words["header"])
+            header = json.loads(file.metadata()["header"])
+            return {name: file.get_tensor(name) for name in file.keys()}, header
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: damaged, or not written by this program: {error!r}") from error
+
+
+def save_adapter(model, path, metadata):
+    """Write all A and B, float32, to a file; rank, alpha and metadata are in its header.
+
+    Tensors: `model.language_model.layers.<i>.<target>.A` (r, in) and `.B` (out, r).
+    """
+    layer = next(iter(lora_layers(model).values()))
+    r = len(layer.A)
+    header = {"r": r, "alpha": layer.scale * r, "targets": TARGETS, "metadata": metadata}
+    write_tensors(path, lora_parameters(model), header)
 
 
 @torch.no_grad()
 def load_adapter(model, path):
-    """Load an adapter file, attaching adapters of its rank and alpha when the model has none.
+    """Attach adapters of an adapter file's rank and alpha, with its values, to a model without any.
 
-    Returns the metadata that save_adapter was given. Raises ModelError, with no value loaded, when
-    a tensor is missing, unexpected or of another shape, or when alpha / r differs.
+    Raises ModelError, naming the first differences, when the file is of another model: tensors are
+    missing, unexpected or of another shape.
     """
-    tensors, header = read_adapter(path)
-    if not lora_layers(model):
-        attach_lora(model, header["r"], header["alpha"], seed=0)
+    tensors, header = read_tensors(path)
+    attach_lora(model, header["r"], header["alpha"], seed=0)
     mine = lora_parameters(model)
-    wrong = mine.keys() ^ tensors.keys()  # missing or unexpected
-    for name in mine.keys() & tensors.keys():
-        if mine[name].shape != tensors[name].shape:
-            wrong.add(name)
-    for name, layer in lora_layers(model).items():
-        if layer.scale != header["alpha"] / header["r"]:
-            wrong.add(f"alpha of {name}")
+    shapes = {(name, parameter.shape) for name, parameter in mine.items()}
+    wrong = shapes ^ {(name, tensor.shape) for name, tensor in tensors.items()}
     if wrong:
-        raise ModelError(
-            f"{path}: {len(wrong)} tensors are missing, too many, or of another shape or alpha "
-            f"than this model's, first: {sorted(wrong)[:3]}"
-        )
+        raise ModelError(f"{path}: not of this model; these differ: {sorted(wrong)[:4]}")
     for name, parameter in mine.items():
         parameter.copy_(tensors[name])
-    return header["metadata"]
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def fill_batches(items, cost, budget):
+    """Lists of items, in their order, whose costs add up to the budget at most; a larger one is
+    alone."""
+    batches = []
+    filled = 0
+    for item in items:
+        if not batches or filled + cost(item) > budget:
+            batches.append([])
+            filled = 0
+        batches[-1].append(item)
+        filled += cost(item)
+    return batches
+
+
+def micro_batches(groups, token_budget):
+    """Split groups into micro-batches of at most token_budget packed tokens, like lengths together.
+
+    Returns lists of indices into groups, each once. A group over the budget is alone: never cut.
+    """
+
+    def tokens(index):
+        prompt, responses = groups[index]
+        return len(prompt.ids) + sum(map(len, responses))
+
+    return fill_batches(sorted(range(len(groups)), key=tokens), tokens, token_budget)
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -299,16 +314,9 @@ def encode_images(model, images, grad=False):
     Returns dict: image key -> (n_tokens, C), n_tokens = prod(grid) / merge_size^2, tower's dtype.
     """
     tower = model.model.visual
-    batches = []
-    patches = 0
-    for image in {image.key: image for image in images}.values():
-        patches += len(image.patches)
-        if not batches or patches > TOWER_PATCHES:
-            batches.append([])
-            patches = len(image.patches)
-        batches[-1].append(image)
+    distinct = {image.key: image for image in images}.values()
     features = {}
-    for batch in batches:
+    for batch in fill_batches(distinct, lambda image: len(image.patches), TOWER_PATCHES):
         grids = torch.tensor([image.grid for image in batch], device=tower.device)
         pixels = torch.cat([image.patches for image in batch]).to(tower.device, tower.dtype)
         with torch.set_grad_enabled(grad):
@@ -334,8 +342,8 @@ def rope_positions(ids, grids, image_token_id, merge_size):
     the positions (s + t, s + h, s + w); the text after it goes on at s + max(rows, columns).
 
     Args: ids: (P,) ints; grids: (t, h, w) in patches for each image; merge_size: patches per token
-    along a side. Returns (LongTensor (3, P), next position). Raises ValueError when pads and grids
-    do not match.
+    along a side. Returns (LongTensor (3, P), next position). Raises ValueError unless there are as
+    many pads as the grids have tokens.
     """
     ids = list(ids)
     sizes = [math.prod(grid) // merge_size**2 for grid in grids]
@@ -346,8 +354,6 @@ def rope_positions(ids, grids, image_token_id, merge_size):
     position = 0
     for (frames, high, wide), size in zip(grids, sizes):
         start = ids.index(image_token_id, done)
-        if ids[start : start + size] != [image_token_id] * size:
-            raise ValueError(f"the image pads from token {start} on are fewer than {size}")
         parts.append(text_positions(position, start - done))  # the text before the image
         position += start - done
         rows, columns = high // merge_size, wide // merge_size
@@ -443,12 +449,10 @@ def pack_groups(model, groups, features):
     """Lay out groups for one forward pass -> Packed on the model's device.
 
     Args: groups: list of (Prompt, K lists of token ids), K may be 0 (a prefill); features: of
-    encode_images. Raises ValueError when pads and features do not match, or when a response holds a
-    banned token.
+    encode_images. Raises ValueError when pads and features do not match.
     """
     config = model.config
     merge = config.vision_config.spatial_merge_size
-    banned = set(banned_token_ids(model))
     ids, positions, images, sizes = [], [], [], []
     predict, targets, lengths = [], [], []
     for prompt, responses in groups:
@@ -460,8 +464,6 @@ def pack_groups(model, groups, features):
         last = len(ids) - 1  # the prompt's last row predicts the first token of each response
         own = []
         for response in responses:
-            if banned.intersection(response):
-                raise ValueError(f"a response holds one of the vision tokens {sorted(banned)}")
             fed = list(response[:-1])
             rows = [last, *range(len(ids), len(ids) + len(fed))]
             predict += rows[: len(response)]  # none for an empty response
@@ -583,20 +585,3 @@ def token_logprobs(model, groups, features, temperature=1.0, checkpoint=False, e
     mask = pad(torch.ones_like(packed.targets, dtype=torch.bool))
     logprobs, *entropies = [pad(torch.cat(parts)) for parts in zip(*chunks)]
     return logprobs, mask, *entropies
-
-
-def micro_batches(groups, token_budget):
-    """Split groups into micro-batches of at most token_budget packed tokens, like lengths together.
-
-    Returns lists of indices into groups, each once. A group over the budget is alone: never cut.
-    """
-    costs = [len(prompt.ids) + sum(map(len, responses)) for prompt, responses in groups]
-    batches = []
-    filled = 0
-    for index in sorted(range(len(groups)), key=costs.__getitem__):
-        if not batches or filled + costs[index] > token_budget:
-            batches.append([])
-            filled = 0
-        batches[-1].append(index)
-        filled += costs[index]
-    return batches

@@ -21,7 +21,6 @@ import hashlib
 import os
 import random
 import unicodedata
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -60,6 +59,7 @@ from trainer import (
 )
 
 BATCH = 64  # prompts sampled, graded and written together
+SCORE = "run `python qibox.py score` with the same flags"
 ROUNDING = 1e-9  # a bound includes what lies on it, also where a mean was rounded
 
 
@@ -90,15 +90,12 @@ def instability(scores):
 
 
 def normalized(text):
-    """A text without case, punctuation and invisible characters, single-spaced: the same
-    question."""
+    """A text without case, punctuation and control characters, single-spaced: the same question."""
     marks = []
     for mark in unicodedata.normalize("NFKC", text).casefold():
         kind = unicodedata.category(mark)
-        if kind[0] in "PZ" or kind == "Cc":  # punctuation, space, control
-            marks.append(" ")
-        elif kind != "Cf":  # invisible
-            marks.append(mark)
+        if kind != "Cf":  # a zero-width sign separates nothing
+            marks.append(" " if kind[0] in "PZC" else mark)
     return " ".join("".join(marks).split()) or text  # marks alone stay as they are
 
 
@@ -140,32 +137,42 @@ def find_copies(pool, held_out):
 
 
 def grade_batch(config, model, processor, judge, records):
-    """{id, model, scores, safe} per record: qi_samples answers under the generic prompt, graded."""
+    """{id, model, scores} per record: qi_samples answers under the generic prompt, graded. A score
+    is None where the judge failed."""
     name = config.model or "base"
     prompts = [record_prompt(record, "generic", processor) for record in records]
     features = qwen.encode_images(model, sum([prompt.images for prompt in prompts], ()))
-    plans = [None] * len(prompts)
-    seeds = [stable_hash("qibox", config.seed, name, record.id) for record in records]
-    count, temperature = config.qi_samples, config.temperature
-    sampled = respond(config, model, processor, prompts, plans, features, count, temperature, seeds)
-    responses = in_order(sampled, prompts, count)
+    sampled = respond(
+        config,
+        model,
+        processor,
+        prompts,
+        [None] * len(prompts),  # no plan is shown
+        features,
+        config.qi_samples,
+        config.temperature,
+        [stable_hash("qibox", config.seed, name, record.id) for record in records],
+    )
     cases = []
-    for record, items in zip(records, responses):
+    for record, items in zip(records, in_order(sampled, prompts, config.qi_samples)):
         for item in items:
             cases.append(Case(record.question, record.images, item.check, record.meta))
-    grades = iter(judge.grade(cases))
-    weights = (config.weight_reasoning, config.weight_logic)
-    weights += (config.weight_grounding, config.weight_safety)
+    scores = []
+    for grade in judge.grade(cases):
+        reward = structured_reward(
+            grade,
+            config.weight_reasoning,
+            config.weight_logic,
+            config.weight_grounding,
+            config.weight_safety,
+            config.penalties,
+            gate=False,  # a record's quality is the formula as it was found
+        )
+        scores.append(reward and reward.total)
     rows = []
-    for record in records:
-        given = [next(grades) for _ in range(count)]  # None where the judge failed
-        rewards = []
-        for grade in given:  # a record's quality is the paper's formula, without our gate
-            rewards.append(structured_reward(grade, *weights, config.penalties, gate=False))
-        row = {"id": record.id, "model": name}
-        row["scores"] = [reward and reward.total for reward in rewards]
-        row["safe"] = [grade and grade.safe for grade in given]
-        rows.append(row)
+    for number, record in enumerate(records):
+        own = scores[number * config.qi_samples : (number + 1) * config.qi_samples]
+        rows.append({"id": record.id, "model": name, "scores": own})
     return rows
 
 
@@ -193,35 +200,24 @@ def score(config, folder, pool):
 def read_scores(folder, pool):
     """({id: {model: [score]}}, how many answers have none) of all scores-*.jsonl.
 
-    Raises DataError where there is none, and where one is not of exactly the pool's records.
+    Raises DataError where one is not of exactly the pool's records.
     """
-    command = "run `python qibox.py score` with the same flags"
     ids = sorted(record.id for record in pool)
     scores = {}
     lost = 0
     for path in sorted(folder.glob("scores-*.jsonl")):
         rows = read_jsonl(path)
         if sorted(row["id"] for row in rows) != ids:
-            raise DataError(f"{path} has {len(rows)} of {len(pool)} records: {command}")
+            raise DataError(f"{path} has {len(rows)} of {len(pool)} records: {SCORE}")
         for row in rows:
             given = [value for value in row["scores"] if value is not None]
             lost += len(row["scores"]) - len(given)
             if given:
                 scores.setdefault(row["id"], {})[row["model"]] = given
-    if not scores:
-        raise DataError(f"{folder} has no scores: {command}")
     return scores, lost
 
 
 # ---- the box -------------------------------------------------------------------------------------
-
-
-def read_held_out(config, against):
-    """The records of every evaluation set that the pool must not overlap."""
-    records = sum(read_sets(config).values(), [])
-    for path in against:
-        records += read_records(path, "eval")
-    return records
 
 
 def place(q, u, bounds):
@@ -244,30 +240,29 @@ def curate(pool, status, scores, config):
     Raises DataError when nothing has a score or the box is empty.
     """
     points = {}
-    for record in pool:
-        if record.id not in status and record.id in scores:
-            row = scores[record.id]
-            points[record.id] = (quality(row), instability(row))
+    for name, row in scores.items():
+        if name not in status:
+            points[name] = (quality(row), instability(row))
     if not points:
-        raise DataError(f"none of {len(pool)} records has a score and may be kept")
+        raise DataError(f"none of {len(pool)} records has a score and may be kept: {SCORE}")
     qualities, instabilities = zip(*points.values())
     band = np.quantile(qualities, (config.qi_low, config.qi_high))
     bounds = (*band, np.quantile(instabilities, config.qi_unstable))
-    rows = []
-    for record in pool:
-        q, u = points.get(record.id, (None, None))
-        why = status.get(record.id, "no score") if q is None else place(q, u, bounds)
-        row = {"id": record.id, "kind": record.meta.get("kind", ""), "status": why}
-        row |= {"quality": q, "instability": u}
-        rows.append(row)
-    kept = {row["id"] for row in rows if row["status"] == "in the box"}
+    places = {name: place(*point, bounds) for name, point in points.items()}
+    kept = {name for name, where in places.items() if where == "in the box"}
     if not kept:
         raise DataError(f"no record is in the box ({box_text(bounds)}): change the --qi_ flags")
     if config.curate == "random":  # the ablation: as many, at random
         rng = random.Random(stable_hash("qibox", config.seed))
         kept = set(rng.sample(list(points), len(kept)))
-    for row in rows:
-        row["kept"] = row["id"] in kept
+    status = places | status
+    rows = []
+    for record in pool:
+        row = {"id": record.id, "kind": record.meta.get("kind", "")}
+        row["status"] = status.get(record.id, "no score")
+        row["quality"], row["instability"] = points.get(record.id, (None, None))
+        row["kept"] = record.id in kept
+        rows.append(row)
     return rows, bounds
 
 
@@ -279,12 +274,11 @@ def box_text(bounds):
 def status_table(rows, bounds, lost):
     """Markdown: how many records have which status, by kind; the lines add up to the pool."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    counts = Counter((row["status"], row["kind"]) for row in rows)
-    counts += Counter(("kept for GRPO", row["kind"]) for row in rows if row["kept"])
-    lines = []
-    for status in dict.fromkeys(status for status, _ in counts):
-        numbers = [counts[status, kind] for kind in kinds]
-        lines.append([status, *numbers, sum(numbers)])
+    found = {}  # status -> the kind of each record that has it
+    for row in rows:
+        found.setdefault(row["status"], []).append(row["kind"])
+    found["kept for GRPO"] = [row["kind"] for row in rows if row["kept"]]
+    lines = [[status, *map(own.count, kinds), len(own)] for status, own in found.items()]
     table = markdown_table(["status", *kinds, "all"], lines)
     return f"{box_text(bounds)}; {lost} answers have no score\n\n{table}\n"
 
@@ -319,7 +313,7 @@ def main(argv):
     """score, box, or both, from the flags."""
     words = [word for word in argv[:1] if word in ("score", "box")]
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--against", nargs="+", default=[], metavar="FILE")
+    parser.add_argument("--against", nargs="+", default=[])
     known, flags = parser.parse_known_args(argv[len(words) :])
     config = parse_config(flags)
     if config.curate == "none":
@@ -327,7 +321,9 @@ def main(argv):
     folder = Path(config.out) / "qibox"
     source = config.data or os.path.join(config.out, "data")
     pool = read_records(set_path(source, "pool"), "grpo")
-    held_out = [] if words == ["score"] else read_held_out(config, known.against)
+    held_out = sum(read_sets(config).values(), [])  # nothing of it may be trained on
+    for path in known.against:
+        held_out += read_records(path, "eval")
     lock_folder(folder)
     if words != ["box"]:
         score(config, folder, pool)

@@ -76,7 +76,7 @@ if [ -z "${SAFER_PYTHON:-}" ]; then
   stamp=.venv/installed-$(cksum <requirements.txt | tr ' ' -)
   if [ ! -e "$stamp" ]; then
     # what needs no package to be seen is reported before gigabytes are fetched
-    if [ -n "$real" ] && [ "$(setting dry_run)" = 0 ]; then
+    if [ -n "$real" ] && [ "$(setting dry_run)" = False ]; then
       if [ -z "$(setting data)" ]; then
         stop "$recipe needs data: DATA=folder bash run.sh $recipe, with the data sets that\
  docs/training.md lists; python build.py makes those of SaFeR-ToolKit from raw.jsonl"
@@ -121,9 +121,9 @@ if [ -n "$real" ]; then
 fi
 
 dry=$(setting dry_run)
-if [ -n "$real" ] || [ "$dry" = 1 ]; then
+if [ -n "$real" ] || [ "$dry" = True ]; then
   "$python" -m extras.preflight "${flags[@]}"    # GPUs, model, data, judge: before an hour is spent
-  if [ "$dry" = 1 ]; then exit 0; fi
+  if [ "$dry" = True ]; then exit 0; fi
 fi
 if [ -z "$real" ]; then
   # draw the miniature world's data; train its base model: it sees, it helps with anything

@@ -17,19 +17,18 @@ import math
 import os
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import data
 import model
-from config import STAGES, Config, ConfigError, check_config, fingerprint, guard, sync, write_whole
+from config import STAGES, Config, ConfigError, fingerprint, guard, sync
 from judge import judge_from_env
 
 FEATURE_BYTES = 1 << 30  # image features kept from step to step: the tower is frozen
@@ -60,7 +59,6 @@ class Run:
     first_step: int = 0
     features: dict = field(default_factory=dict)  # image key -> features
     sums: dict = field(default_factory=dict)  # of this step: name -> [numerator, denominator]
-    bad_records: list = field(default_factory=list)  # whose loss is not finite
     stop: int = 0  # the signal that asks to stop after this step
     bar: tqdm = None
 
@@ -144,21 +142,14 @@ def stage_inputs(config, policy, stages):
         if not path.exists():
             raise StageError(f"{path} is missing: run `python safer.py {stage}` first")
         guard(path.parent, config, None, inputs, write=False)
-        inputs[f"{stage} adapter"] = adapter_fingerprint(path)
+        inputs[f"{stage} adapter"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return inputs
 
 
 def weights_fingerprint(policy):
     """Of the first values of every tensor: cheap, and the same on every device."""
-    values = []
-    for name, weight in policy.named_parameters():
-        values.append((name, weight.detach().flatten()[:8].float().tolist()))
-    return fingerprint(values)
-
-
-def adapter_fingerprint(path):
-    """Of an adapter file."""
-    return fingerprint(Path(path).read_bytes())
+    weights = policy.named_parameters()
+    return fingerprint([(name, weight.flatten()[:8].tolist()) for name, weight in weights])
 
 
 def read_run(out, last=None):
@@ -175,16 +166,12 @@ def read_run(out, last=None):
     path = Path(out) / last / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        settings.pop("JUDGE_MODEL", None)
-        config = Config(**settings | {"out": str(out), "device": "auto"})
-        stages = config.stages.split(",")
-        before = stages[: stages.index(last)]
-        problems = check_config(config)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        problems = [repr(error)]
-    if problems:
-        raise StageError(f"{path}: damaged, or another program's ({problems[0]})")
-    return config, [*before, last]
+        del settings["JUDGE_MODEL"]  # guard adds it
+        config = Config(**settings)
+    except (ValueError, LookupError, TypeError) as error:
+        raise StageError(f"{path}: damaged, or another program's ({error!r})") from error
+    stages = config.stages.split(",")
+    return replace(config, out=str(out), device="auto"), stages[: stages.index(last) + 1]
 
 
 def lock_folder(folder):
@@ -215,9 +202,13 @@ def open_run(config, stage, records):
     if rank == 0:
         open_folder(config, folder, stage)
     policy, processor = load_policy(config, (), device)
-    modes = getattr(config, f"{stage}_prompts").split(",")
-    limits = (config.max_prompt, config.max_response)
-    longest, mean_image, max_image = data.check_lengths(records, modes, processor, *limits)
+    longest = data.check_lengths(
+        records,
+        getattr(config, f"{stage}_prompts").split(","),
+        processor,
+        config.max_prompt,
+        config.max_response,
+    )
     stages = config.stages.split(",")
     before = stages[: stages.index(stage)]
     inputs = stage_inputs(config, policy, before)  # before merging: of the bare base
@@ -229,24 +220,22 @@ def open_run(config, stage, records):
     parameters = model.lora_parameters(policy)
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=config.weight_decay)
     run = Run(config, stage, folder, policy, processor, parameters, optimizer, device, rank, world)
-    report(
-        run,
-        f"{stage}: {len(records)} records, longest prompt {longest} tokens, image tokens mean "
-        f"{mean_image:.0f} max {max_image}, {device}, {world} rank(s)",
-    )
+    counts = f"{len(records)} records, longest prompt {longest} tokens"
+    report(run, f"{stage}: {counts}, {device}, {world} rank(s)")
     load_checkpoint(run)
     return run
 
 
 def open_folder(config, folder, stage):
-    """On the first rank, before the weights are loaded: lock the folder, clear what a kill has
-    left, see that the settings are those it was begun with."""
+    """Before the weights are loaded: lock the folder, remove what a kill has left, and what
+    --resume 0 does not go on from, and see that the settings are those it was begun with."""
     lock_folder(folder)
-    for rest in [*folder.glob("*.part"), *folder.glob(".tmp*")]:
-        rest.unlink()
+    patterns = ["*.part", ".tmp*"]
     if not config.resume:
-        for name in ("checkpoint.safetensors", "config.json"):
-            (folder / name).unlink(missing_ok=True)
+        patterns += ["checkpoint.safetensors", "config.json"]
+    for pattern in patterns:
+        for rest in folder.glob(pattern):
+            rest.unlink()
     guard(folder, config, stage, {}, write=False)
 
 
@@ -266,16 +255,15 @@ def save_checkpoint(run, step):
         return
     tensors = {}
     for name, parameter in run.parameters.items():
-        tensors[f"{name} adapter"] = parameter.detach().cpu().contiguous()
+        tensors[f"{name} adapter"] = parameter
         for key, value in run.optimizer.state[parameter].items():
-            tensors[f"{name} {key}"] = value.cpu().contiguous()
+            tensors[f"{name} {key}"] = value
     sizes = {}
     for path in [run.folder / name for name in LOGS if (run.folder / name).exists()]:
         sync(path)
         sizes[path.name] = path.stat().st_size
-    words = {"step": str(step), "sizes": json.dumps(sizes)}
     path = run.folder / "checkpoint.safetensors"
-    write_whole(path, lambda part: save_file(tensors, part, metadata=words))
+    model.write_tensors(path, tensors, {"step": step, "sizes": sizes})
 
 
 def load_checkpoint(run):
@@ -284,17 +272,9 @@ def load_checkpoint(run):
     path = run.folder / "checkpoint.safetensors"
     sizes = {}
     if run.config.resume and path.exists():
-        try:
-            with safe_open(path, "pt") as file:
-                words = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            run.first_step = int(words["step"])
-            sizes = json.loads(words["sizes"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise StageError(
-                f"{path}: cannot be read as a checkpoint ({error}); --resume 0 starts {run.stage} "
-                "again"
-            ) from error
+        tensors, header = model.read_tensors(path)
+        run.first_step = header["step"]
+        sizes = header["sizes"]
         for name, parameter in run.parameters.items():
             parameter.data.copy_(tensors[f"{name} adapter"])
             state = run.optimizer.state[parameter]
@@ -355,7 +335,7 @@ def write_metrics(run, step, **values):
     run.sums = {}
     row |= values
     append_log(run, "metrics.jsonl", json.dumps(row) + "\n")
-    run.bar.set_postfix({name: f"{row[name]:.3g}" for name in SHOWN if row.get(name) is not None})
+    run.bar.set_postfix({name: row[name] for name in SHOWN if name in row})
     return row
 
 
@@ -374,47 +354,41 @@ def learning_rate(config, stage, step, steps):
 
 
 def check_finite(run, loss, ids):
-    """Note the records of a micro-batch whose loss is not finite. optimizer_step, where all ranks
-    meet, raises: a rank that left alone would keep the others waiting."""
+    """Name the records of a micro-batch whose loss is not finite, and so its gradient. It is
+    optimizer_step that raises, where all ranks meet: one that left alone would keep the others
+    waiting."""
     if not math.isfinite(loss.item()):
-        run.bad_records += [f"{name} (loss {loss.item()})" for name in ids]
+        tqdm.write(f"{run.stage}: the loss is {loss.item()}, of records {', '.join(ids)}")
 
 
 def optimizer_step(run, step, steps):
-    """All-reduce the gradients in one flat bucket, clip, step; metrics grad_norm and lr.
+    """Sum the gradients over the ranks, clip them together, step; metrics grad_norm and lr.
 
-    Raises StageError on a loss or gradient that is not finite, naming the records of the loss.
+    Raises StageError on a gradient that is not finite; check_finite has named the records then.
     """
     parameters = list(run.parameters.values())
-    pieces = []
-    for parameter in parameters:  # a rank without a scored sample has no gradient
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        pieces.append(gradient.flatten())
-    flat = torch.cat(pieces)  # (all adapter weights,)
-    if run.world > 1:
-        dist.all_reduce(flat)  # a sum: every rank divided by the global denominator
-    norm = flat.norm().item()
-    bad = sum(gather(run, run.bad_records), [])
-    if bad or not math.isfinite(norm):
-        records = f", from records {', '.join(bad)}" if bad else ""
+    for parameter in parameters:
+        if parameter.grad is None:  # a rank without a scored sample has none
+            parameter.grad = torch.zeros_like(parameter)
+        if run.world > 1:
+            dist.all_reduce(parameter.grad)  # a sum: each rank divided by the global denominator
+    norm = clip_grad_norm_(parameters, run.config.max_grad_norm).item()
+    if not math.isfinite(norm):
         raise StageError(
-            f"{run.stage}: the gradient norm of step {step} is {norm}{records}; the last checkpoint"
-            f" is untouched. Look at these records, or try a lower --{run.stage}_lr"
+            f"{run.stage}: the gradient norm of step {step} is {norm}; the last checkpoint is"
+            f" untouched. Look at the records named above, or try a lower --{run.stage}_lr"
         )
-    flat *= min(1.0, run.config.max_grad_norm / (norm + 1e-6))
-    for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
-        parameter.grad = piece.view_as(parameter)
     rate = learning_rate(run.config, run.stage, step, steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     add(run, grad_norm=(norm, 1), lr=(rate, 1))
 
 
 def token_logprobs(run, groups, features, temperature=1.0, entropy=False):
-    """model.token_logprobs, with --checkpointing where there is a backward pass."""
-    checkpoint = run.config.checkpointing and torch.is_grad_enabled()
+    """model.token_logprobs with the run's model and --checkpointing."""
+    checkpoint = run.config.checkpointing
     return model.token_logprobs(run.model, groups, features, temperature, checkpoint, entropy)
 
 
@@ -492,7 +466,6 @@ def steps_of(run, steps):
         model.save_adapter(run.model, run.folder / "adapter.safetensors", metadata)
         (run.folder / "checkpoint.safetensors").unlink(missing_ok=True)
     if stop:
-        name = signal.Signals(stop).name
         where = f"after step {done} of {steps}"
-        report(run, f"{run.stage}: stopped by {name} {where}: type the same command to go on")
+        report(run, f"{run.stage}: stopped {where}; the same command goes on")
         sys.exit(128 + stop)

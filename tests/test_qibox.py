@@ -272,7 +272,7 @@ def test_two_models(start, world):
 def test_what_is_refused(start, tmp_path, monkeypatch):
     """Guards: samples of other settings or weights, or a box of others, taken for these; an
     evaluation set that is not there."""
-    with pytest.raises(data.DataError, match="has no scores: run `python qibox.py score`"):
+    with pytest.raises(data.DataError, match="none of 22 .*: run `python qibox.py score`"):
         start("box")
     more = tmp_path / "more.jsonl"
     with pytest.raises(data.DataError, match="more.jsonl: no such file"):
