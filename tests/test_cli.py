@@ -131,7 +131,7 @@ def test_model_and_data_with_faults(tmp_path):
     """Guards: random weights in the place of missing ones; an image that is opened for the first
     time after an hour of training; one fault a start."""
     tokenizer = toy_base.make_tokenizer(tmp_path / "model")
-    toy_base.tiny_config(tokenizer).save_pretrained(tmp_path / "model")
+    toy_base.qwen_config("tiny", len(tokenizer)).save_pretrained(tmp_path / "model")
     data = tmp_path / "data"
     data.mkdir()
     PIL.Image.new("RGB", (56, 56)).save(data / "i.png")

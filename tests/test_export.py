@@ -28,7 +28,7 @@ def make_run(folder, dtype="float32"):
     adapters."""
     tokenizer = toy_base.make_tokenizer(folder / "base")
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(toy_base.tiny_config(tokenizer))
+    model = Qwen2_5_VLForConditionalGeneration(toy_base.qwen_config("tiny", len(tokenizer)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -54,7 +54,7 @@ def test_hours_grow_with_the_work():
 def folder(tmp_path, monkeypatch):
     """A place with a model folder without weights, data without an eval set, and no judge."""
     toy_base.make_tokenizer(tmp_path / "model")
-    config = toy_base.tiny_config(toy_base.make_tokenizer(tmp_path / "model"))
+    config = toy_base.qwen_config("tiny")
     config.save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
     PIL.Image.new("RGB", (56, 56)).save(tmp_path / "data" / "a.png")

@@ -236,7 +236,8 @@ def world(tmp_path_factory):
     """A random tiny model, a pool of 22 (one duplicate, one of the test items), and a test set."""
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    config = toy_base.tiny_config(toy_base.make_tokenizer(folder / "base"))
+    tokenizer = toy_base.make_tokenizer(folder / "base")
+    config = toy_base.qwen_config("tiny", len(tokenizer))
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder / "base")
     rows = []
     for number in range(20):

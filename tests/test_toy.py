@@ -263,7 +263,7 @@ def test_the_model_is_a_folder_like_any_other(tmp_path):
     the 3B is, and writes."""
     tokenizer = toy_base.make_tokenizer(tmp_path)
     torch.manual_seed(0)
-    made = toy_base.Qwen2_5_VLForConditionalGeneration(toy_base.tiny_config(tokenizer))
+    made = toy_base.Qwen2_5_VLForConditionalGeneration(toy_base.qwen_config("tiny", len(tokenizer)))
     made.save_pretrained(tmp_path)
     policy, processor = (
         modeling.load_model(tmp_path, torch.float32, "cpu"),
