@@ -69,6 +69,7 @@ WORDS = sorted(
 )
 TRAIN, HELD = toy.split_cases()  # cases by kind
 POOL = sum(TRAIN.values(), [])  # all that may be shown in training
+HELD_PAIRS = {(case.verb, case.thing) for case in sum(HELD.values(), [])}
 
 
 # ---- what the base is taught ---------------------------------------------------------------------
@@ -78,7 +79,7 @@ def any_pair(rng):
     """(verb, thing), the parts of two training cases mixed as long as the pair is not held out."""
     while True:
         verb, thing = rng.choice(POOL).verb, rng.choice(POOL).thing
-        if (verb, thing) not in toy.held_pairs():
+        if (verb, thing) not in HELD_PAIRS:
             return verb, thing
 
 
