@@ -250,6 +250,17 @@ def test_the_model_is_a_folder_like_any_other(folder):
     assert 1 <= len(sample.tokens) <= 8
 
 
+def test_public_shapes():
+    """Guards: a wrong number in the table of shapes: the released checkpoints hold 3.755 and 8.292
+    billion weights."""
+    for name, size in (("3b", 3.755), ("7b", 8.292)):
+        with torch.device("meta"):
+            config = toy_base.qwen_config(name)
+            model = toy_base.Qwen2_5_VLForConditionalGeneration(config)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        assert round(parameters / 1e9, 3) == size
+
+
 def test_pictures_show_their_case():
     """Guards: an object that is drawn like another one, or a sign that leaves no mark: then no
     model could learn to see."""
