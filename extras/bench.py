@@ -3,7 +3,7 @@
     python -m extras.bench                                       size small, one thread
     python -m extras.bench --k 4 --prompt 1000 --response 400 --trl
     python -m extras.bench --size 3b                             on a GPU
-    python -m extras.bench --size 3b --make FOLDER               a random model, for safer.py --model
+    python -m extras.bench --size 3b --make FOLDER               a random model to train
 
 Random weights of the chosen shape, one prompt with an image, K responses of one length. An
 iteration is: sample K responses, then one update (reference pass, policy pass, clipped loss with
