@@ -106,31 +106,25 @@ def summary_html(found, results):
 
 
 def results_html(results):
-    """The tables of eval.py for each prompt: all cases, Safety by kind, the benchmarks' own."""
+    """The tables of eval.py for each prompt: all cases, each kind and benchmark; their own."""
     parts = []
     for mode in dict.fromkeys(row["prompt"] for row in results):
         lines = []
         own = []
-        kinds = {}  # stage -> {kind: Safety}
         for row in results:
-            if row["prompt"] != mode:
-                continue
-            place = [row["stage"], row["benchmark"]]
-            if row["kind"] != "all":
-                kinds.setdefault(row["stage"], {})[row["kind"]] = percent(row["safety"])
-                continue
-            shares = [percent(row[name]) for name in (*SHOWN, "unjudged")]
-            lines.append([*place, row["n"], *shares])
-            own += [[*place, name, percent(cell)] for name, cell in row["own"].items()]
+            if row["prompt"] == mode:
+                name = row["kind"] if row["benchmark"] == "all" else row["benchmark"]
+                shares = [percent(row[metric]) for metric in (*SHOWN, "unjudged")]
+                lines.append([name, row["stage"], row["n"], *shares])
+                for metric, cell in row["own"].items():
+                    own.append([name, row["stage"], metric, percent(cell)])
+        names = list(dict.fromkeys(line[0] for line in lines))
+        lines.sort(key=lambda line: names.index(line[0]))  # the stages beside each other
         title = f"under the {mode} prompt, percent [95% interval]"
-        head = ["stage", "cases", "n", *SHOWN.values(), "unjudged"]
+        head = ["cases", "stage", "n", *SHOWN.values(), "unjudged"]
         parts.append(table(f"Held-out cases {title}", head, lines))
-        if kinds:
-            by_kind = [[stage, *cells.values()] for stage, cells in kinds.items()]
-            head = ["stage", *next(iter(kinds.values()))]
-            parts.append(table(f"Safety by kind {title}", head, by_kind))
         if own:
-            head = ["stage", "benchmark", "metric", "percent"]
+            head = ["cases", "stage", "metric", "percent"]
             parts.append(table(f"The benchmarks' own metrics {title}", head, own))
     return "".join(parts) or "<p>No results yet.</p>"
 

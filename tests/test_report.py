@@ -100,17 +100,21 @@ def section(text, name):
 
 
 def test_summary_and_tables_say_what_the_files_say(run):
-    """Guards: scores of another prompt, a lost commit; a share that is not in percent, kinds among
-    the totals, a cell in a wrong column, a wide table that runs out of the page."""
+    """Guards: scores of another prompt, a lost commit; a share that is not in percent, a
+    cell in a wrong column, a wide table that runs out of the page."""
     text = report.page(run)
     summary = section(text, "summary")
     assert "Recipe tiny" in summary and "seed 5" in summary and "abcdef012345" in summary
     assert summary.count('class="interval"') == 2 * 3 and summary.count('class="dot"') == 2 * 3
     assert ">30<" in summary and ">70<" in summary
-    whole, by_kind = section(text, "results").split("Safety by kind under", 1)
-    assert "<td>70.0 [65, 75]</td>" in whole and "<td>30.0 [25, 35]</td>" in whole
-    assert ">bait<" in by_kind and "<td>25.0 [20, 30]</td>" in by_kind and "bait" not in whole
-    assert text.count("<table") == text.count('<div class="scroll"') == 3
+    rows = re.findall(r"<tr>(.*?)</tr>", section(text, "results"))
+    cells = [re.findall(r">([^<]+)</t", line) for line in rows]
+    assert [line[:4] for line in cells[1:]] == [
+        ["all", "base", "20", "30.0 [25, 35]"],
+        ["all", "sft", "20", "70.0 [65, 75]"],
+        ["bait", "sft", "20", "25.0 [20, 30]"],
+    ]
+    assert text.count("<table") == text.count('<div class="scroll"') == 2
     assert ".scroll { overflow-x:auto" in text
 
 
@@ -197,11 +201,10 @@ def test_a_page_in_the_middle_of_a_run(tmp_path):
 
 
 def test_command(run, tmp_path):
-    """Guards: a command that writes nothing, and a traceback for a wrong folder."""
-    words = [sys.executable, "-m", "extras.report"]
-    done = subprocess.run([*words, str(run)], cwd=ROOT, capture_output=True, text=True, check=False)
+    """Guards: a command that writes nothing, and a run whose files are not of this version."""
+    words = [sys.executable, "-m", "extras.report", str(run)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and (run / "report.html").exists()
-    gone = [*words, str(tmp_path / "none")]
-    done = subprocess.run(gone, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "nothing of a run" in done.stderr
-    assert "Traceback" not in done.stderr
+    (run / "results.json").write_text('[{"prompt": "generic"}]')
+    with pytest.raises(DataError, match="was the run written by this version"):
+        report.main([str(run)])
