@@ -46,11 +46,12 @@ from trainer import StageError, lock_folder
 TOY_SIZES = {"sft": 768, "dpo": 320, "grpo": 960, "eval": 360}
 TOY_VLM_SIZES = {"pool": 1200, "eval": 360}  # qibox.py draws GRPO's prompts from the pool
 SIDE = 2 * toy.CELL  # pixels of a picture
-# Their ids in the miniature world's tokenizer are their places here.
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|>"
     " <|video_pad|>"
 ).split()
+# Their ids in the miniature world's tokenizer, which has them first.
+PAD, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE, VIDEO = range(7)
 # layers, hidden, heads, key/value heads, MLP, vocabulary, tied head; vision: layers, hidden, heads,
 # MLP. 3b and 7b are Qwen2.5-VL's public shapes, tiny is this world's, small is for bench.py.
 SHAPES = {
@@ -255,8 +256,8 @@ def qwen_config(size, vocab=None):
         num_key_value_heads=kv_heads,
         initializer_range=hidden**-0.5,  # the usual 0.02 is for wide models: no copying would start
         bos_token_id=None,
-        eos_token_id=SPECIAL_TOKENS.index("<|im_end|>"),
-        pad_token_id=SPECIAL_TOKENS.index("<|endoftext|>"),
+        eos_token_id=TURN_END,
+        pad_token_id=PAD,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 10000.0,
@@ -277,10 +278,10 @@ def qwen_config(size, vocab=None):
         text_config=text,
         vision_config=tower,
         tie_word_embeddings=tied,
-        image_token_id=SPECIAL_TOKENS.index("<|image_pad|>"),
-        video_token_id=SPECIAL_TOKENS.index("<|video_pad|>"),
-        vision_start_token_id=SPECIAL_TOKENS.index("<|vision_start|>"),
-        vision_end_token_id=SPECIAL_TOKENS.index("<|vision_end|>"),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
     )
 
 
