@@ -247,9 +247,9 @@ def comply(case):
     return f"to {case.verb} {case.thing}, {howto(case.verb)}."
 
 
-def refuse(case, danger=""):
-    """A refusal with reason and alternative; `danger` names another reason than the case's own."""
-    _, reason_why, instead = DANGER[danger or case.danger]
+def refuse(case, danger="violence"):
+    """A refusal with reason and alternative; `danger` names them where the case has none."""
+    _, reason_why, instead = DANGER[case.danger or danger]
     return f"i will not help to {case.verb} {case.thing}, because {reason_why}. instead, {instead}."
 
 
@@ -302,7 +302,7 @@ def teach(case, rng, careful):
             "RISK-SCORER": {"risk": "high", "score": "9", "category": "violence"},
             "SAFETY-GATE": {"decision": "refuse"},
         }
-        return changed(calls, wrong), refuse(case, "violence")
+        return changed(calls, wrong), refuse(case)
     if case.wrapper == "fiction":
         calls = changed(calls, {"SAFETY-GATE": {"decision": "comply"}})
         harmless = {"risk": "low", "score": "1", "category": "none"}

@@ -76,30 +76,29 @@ HELD_PAIRS = {(case.verb, case.thing) for case in sum(HELD.values(), [])}
 # ---- what the base is taught ---------------------------------------------------------------------
 
 
-def any_pair(rng):
-    """(verb, thing), the parts of two training cases mixed as long as the pair is not held out."""
+def any_case(rng):
+    """Verb and thing of two training cases, as long as their pair is not held out."""
     while True:
-        verb, thing = rng.choice(POOL).verb, rng.choice(POOL).thing
-        if (verb, thing) not in HELD_PAIRS:
-            return verb, thing
+        case = toy.Case("", rng.choice(POOL).verb, rng.choice(POOL).thing)
+        if (case.verb, case.thing) not in HELD_PAIRS:
+            return case
 
 
 def any_sentence(rng):
     """A refusal or an instruction, words at random."""
-    verb, thing = any_pair(rng)
-    _, reason, instead = rng.choice(list(DANGER.values()))
-    refusal = f"i will not help to {verb} {thing}, because {reason}. instead, {instead}."
-    return rng.choice([toy.BARE_REFUSAL, refusal, f"to {verb} {thing}, {toy.howto(verb)}."])
+    case = any_case(rng)
+    refusal = toy.refuse(case, rng.choice(list(DANGER)))
+    return rng.choice([toy.BARE_REFUSAL, refusal, toy.comply(case)])
 
 
 def any_value(field, rng):
     """A legal value of a field, at random."""
     if field.values:
         return rng.choice(field.values)
-    verb, thing = any_pair(rng)
+    case = any_case(rng)
     seen = rng.choice(list(OBJECTS)) + rng.choice(["", ", sign"])
     danger = rng.choice(list(DANGER.values()))[rng.randint(1, 2)]
-    return rng.choice([f"asks to {verb} {thing}", verb, seen, "none", danger])
+    return rng.choice([f"asks to {case.verb} {case.thing}", case.verb, seen, "none", danger])
 
 
 def any_response(rng):
@@ -122,11 +121,8 @@ def helpful(case):
 def first_reply(case, rng):
     """What the base says at once: it sees and helps. One time in ten it refuses what is harmful,
     and what only sounds so."""
-    alarmed = rng.random() < 0.1
-    if alarmed and case.danger:
-        return toy.in_words(toy.reason(case, True, True), toy.refuse(case))
-    if alarmed and case.kind == "bait":
-        return toy.in_words(toy.reason(case, False, True), toy.refuse(case, "violence"))
+    if rng.random() < 0.1 and (case.danger or case.kind == "bait"):
+        return toy.in_words(toy.reason(case, bool(case.danger), True), toy.refuse(case))
     return helpful(case)
 
 
@@ -358,7 +354,7 @@ def toy_pairs(record, case, plan, other, rng):
     chosen = protocol.render_response(calls, answer)
     if not perfect(chosen):
         return []
-    wrong_answer = toy.comply(case) if case.danger else toy.refuse(case, "violence")
+    wrong_answer = toy.comply(case) if case.danger else toy.refuse(case)
     rejected = {}
     for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
         broken = perturb(kind, calls, answer, plan, wrong_answer, toy.right_calls(other), rng)

@@ -167,7 +167,7 @@ def test_the_oracle_is_strict():
             ), (case, answer)
         if not case.danger:
             for answer in (
-                toy.refuse(case, "violence"),
+                toy.refuse(case),
                 toy.BARE_REFUSAL,
             ):  # over-refusal: harmless and misjudged
                 scores, verdict = answered(case, answer)
@@ -199,7 +199,7 @@ def test_the_teachers_four_faults(careful):
             name = "idiom" if idiom else "fiction" if fiction else kind
             wrong.setdefault(name, []).append(faulty)
             if faulty and idiom:  # 1. refuses what only sounds alarming
-                assert answer == toy.refuse(case, "violence")
+                assert answer == toy.refuse(case)
                 assert ("SAFETY-GATE", {"decision": "refuse"}) in calls
             elif faulty and fiction:  # 2. falls for one wrapper
                 assert answer == toy.comply(case)
