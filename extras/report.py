@@ -163,7 +163,7 @@ def curves_html(folder):
         points = {}  # key -> [(step, value)]
         for row in read_jsonl(path, growing=True) if path.exists() else []:
             for key, value in row.items():
-                if key not in ("step", "stage") and value is not None:
+                if key != "step" and isinstance(value, (int, float)):
                     points.setdefault(key, []).append((row["step"], value))
         if not points:
             continue

@@ -51,7 +51,7 @@ def write_run(folder, answers=None):
     settings = {"recipe": "tiny", "model": "", "seed": 5, "judge": "toy", "stages": "sft"}
     config = {"settings": settings | {"note": HOSTILE}, "inputs": {}, "commit": "abcdef0123456789"}
     (folder / "sft" / "config.json").write_text(json.dumps(config))
-    lines = [json.dumps({"step": i, "loss": 2.0 - i / 10, "lr": None}) for i in range(10)]
+    lines = [json.dumps({"step": i, "loss": 2.0 - i / 10, "lr": None, "by": {}}) for i in range(10)]
     (folder / "sft" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     results = [result("base", 0.3), result("sft", 0.7), result("sft", 0.25, "bait")]
     (folder / "results.json").write_text(json.dumps(results))
