@@ -210,7 +210,8 @@ def train(out, method, name, seed):
     if method == "vlm":  # with the scores taken over: they are of the same base
         command(folder, "qibox.py", *(["box"] if folder != first else []), *flags)
     for stage in STAGES:
-        command(folder, "safer.py", stage, *flags)  # one that is not among --stages says so
+        if stage not in run.takes:  # one that is not among --stages says so
+            command(folder, "safer.py", stage, *flags)
     command(folder, "eval.py", *flags)
 
 

@@ -101,6 +101,8 @@ def test_runs_are_shared_and_resumed(tmp_path, monkeypatch):
     ablate.run_all(tmp_path, "toolkit", [0], 2)
     assert (tmp_path / "reward-answer-0" / "dpo" / "adapter.safetensors").read_text() == "dpo"
     assert not (tmp_path / "sft-grpo-0" / "dpo").exists()
+    run_again = {word for name, program, word in started if name == "reward-answer-0"}
+    assert "grpo" in run_again and not run_again & {"sft", "dpo"}  # they were with other settings
     assert not (tmp_path / "tiers-P-0" / "sft").exists()
     last_of_first = max(i for i, (folder, _, _) in enumerate(started) if folder == "full-0")
     assert all(folder == "full-0" for folder, _, _ in started[: last_of_first + 1])
