@@ -43,7 +43,6 @@ from trainer import (
     load_policy,
     pick_device,
     read_run,
-    stage_inputs,
 )
 
 # Whole names, by a pattern: a list of the last words would also name the maps of the vision tower.
@@ -81,10 +80,10 @@ You are a helpful assistant.<|im_end|>
 # ---- adapters --------------------------------------------------------------------------------
 
 
-def write_peft(folder, tensors, r, alpha, base):
+def write_peft(folder, tensors, header, base):
     """An adapter as peft reads it.
 
-    Args: tensors: A (r, in) and B (out, r) under model.save_adapter's names, scaled by alpha / r.
+    Args: tensors, header: of model.read_adapter: A (r, in), B (out, r); {"r", "alpha"}.
     """
     folder.mkdir(parents=True)
     renamed = {}
@@ -96,8 +95,8 @@ def write_peft(folder, tensors, r, alpha, base):
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": r,
-        "lora_alpha": alpha,
+        "r": header["r"],
+        "lora_alpha": header["alpha"],
         "target_modules": PEFT_TARGETS,
         "bias": "none",
         "inference_mode": True,
@@ -106,9 +105,9 @@ def write_peft(folder, tensors, r, alpha, base):
 
 
 def sum_adapters(adapters):
-    """One adapter that computes the sum of several: list of (tensors, header) -> (tensors, r).
+    """One adapter that computes the sum of several: list of (tensors, header) -> the same.
 
-    Each scale alpha / r is folded into its B, so the sum's own scale is 1 (lora_alpha = r).
+    Each scale alpha / r is folded into its B, so the sum's own scale is 1 (alpha = r).
     """
     joined = {}
     for name in adapters[0][0]:
@@ -117,7 +116,8 @@ def sum_adapters(adapters):
             continue
         scaled = [header["alpha"] / header["r"] * tensors[name] for tensors, header in adapters]
         joined[name] = torch.cat(scaled, dim=1)  # (out, sum of r)
-    return joined, sum(header["r"] for _, header in adapters)
+    r = sum(header["r"] for _, header in adapters)
+    return joined, {"r": r, "alpha": r}
 
 
 # ---- the merged model --------------------------------------------------------------------------
@@ -279,18 +279,12 @@ def write_export(config, stages, folder):
     """Adapters, merged model and card of a run -> what the checks found, a line each."""
     device = pick_device(config)
     base = base_folder(config)
-    model, processor = load_policy(config, [], device)
-    stage_inputs(config, model, stages)
+    model, processor = load_policy(config, stages, device)
     adapters = []
     for stage in stages:
-        path = adapter_path(config, stage)
-        tensors, header = qwen.read_adapter(path)
-        adapters.append((tensors, header))
-        write_peft(folder / f"adapter-{stage}", tensors, header["r"], header["alpha"], base)
-        qwen.load_adapter(model, path)
-        qwen.merge_lora(model)
-    tensors, r = sum_adapters(adapters)
-    write_peft(folder / "adapter-sum", tensors, r, r, base)
+        adapters.append(qwen.read_adapter(adapter_path(config, stage)))
+        write_peft(folder / f"adapter-{stage}", *adapters[-1], base)
+    write_peft(folder / "adapter-sum", *sum_adapters(adapters), base)
 
     picture = PIL.Image.radial_gradient("L").convert("RGB")
     image = data.make_image(picture, "check", processor)
