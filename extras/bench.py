@@ -253,7 +253,7 @@ def count_gflop(update, *arguments):
     CPU."""
 
     def mask(rows, keys):  # the counter cannot see causal_lower_right's own kind of tensor
-        return torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+        return torch.ones(rows, keys, dtype=torch.bool, device=DEVICE).tril(keys - rows)
 
     counter = FlopCounterMode(display=False)
     plain_mask = mock.patch.object(qwen, "causal_lower_right", mask)
