@@ -320,10 +320,9 @@ def main(argv):
             values.append(gflop[name])
         rows.append([name, *(f"{value:.3g}" for value in values)])
     print(f"{args.size}, K={args.k}, {args.prompt} + {args.response} tokens, {DTYPE} on {DEVICE}\n")
-    print(
-        markdown_table(["side", "times ours", "s", "of it sampling", "GFLOP of the update"], rows)
-    )
+    head = ["side", "times ours", "s", "of it sampling", "GFLOP of the update"]
+    print(markdown_table(head, rows))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, ImportError)  # of trl or peft
