@@ -2,12 +2,12 @@
 
     python -m extras.ablate toolkit    stages, tiers, reward terms, topologies, prompt of evaluation
     python -m extras.ablate vlm        without reflection, with random data, without penalties
-    python -m extras.ablate toolkit --seeds 0,1,2 --jobs 2 --to docs/ablations.md
+    python -m extras.ablate toolkit --seeds 0,1,2 --jobs 2
 
 Every run is made by the commands that `bash run.sh tiny` uses, in out/ablate/<run>-<seed>, one
 thread each. What runs share (base, data, earlier stages) is made once, in the first run of the
-method, and copied. After an interruption the same command goes on. The tables replace what is
-between their marks in the file of --to; the words around them are left alone.
+method, and linked to. After an interruption the same command goes on. The tables replace what is
+between their marks in docs/ablations.md; the words around them are left alone.
 
 Ours: the papers' ablations are known by name only (PAPERS 1.5, 2.6). To add one: a row in STUDIES,
 and its run in RUNS where it needs one; the README has an example.
@@ -16,7 +16,6 @@ and its run in RUNS where it needs one; the README has an example.
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +26,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 import protocol
-from config import run_command, write_text, write_whole
+from config import STAGES, run_command, write_text
 from data import markdown_table, read_jsonl, write_jsonl
 from eval import SHOWN, mean_and_spread, read_results
 from extras import toy
 from trainer import StageError, lock_folder
 
 ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "out/ablate"
+PAGE = ROOT / "docs/ablations.md"
 
 
 @dataclass(frozen=True)
@@ -138,61 +139,56 @@ def change_row(row, kind, value):
         calls = [(tool, said[tool]) for tool in walk.split()]
         if value == "shield" and said["SAFETY-GATE"]["decision"] == "refuse":
             calls = calls[:4]  # the gate ends it
-    if "response" not in row:
-        return row
-    return row | {"response": protocol.render_response(calls, check.answer)}
+    if "response" in row:
+        row = row | {"response": protocol.render_response(calls, check.answer)}
+    return row
 
 
 def change_data(source, folder, change):
-    """The SFT and evaluation sets of `source` with every row changed; pictures stay where they
-    are."""
+    """The SFT and evaluation sets of `source` with every row changed."""
     kind, value = change.split()
+    link(source / "images", folder / "images")
     for name in ("sft", "eval"):
-        rows = []
-        for row in read_jsonl(source / f"{name}.jsonl"):
-            row = change_row(row, kind, value)
-            row["images"] = [os.path.relpath(source / path, folder) for path in row["images"]]
-            plan = protocol.plan_from_dict(row["plan"])
-            legal = protocol.check(row.get("response", ""), plan).legal
-            if name == "eval" or kind == "tiers" or legal:  # as the toy's sets keep what is legal
-                rows.append(row)
+        rows = [change_row(row, kind, value) for row in read_jsonl(source / f"{name}.jsonl")]
+        if name == "sft" and kind == "topology":  # as the toy's sets keep what is legal
+            rows = [row for row in rows if is_legal(row)]
         write_jsonl(folder / f"{name}.jsonl", rows)
+
+
+def is_legal(row):
+    """Whether the response of a row keeps to its plan."""
+    return protocol.check(row["response"], protocol.plan_from_dict(row["plan"])).legal
 
 
 # ---- running -------------------------------------------------------------------------------------
 
 
-def command(folder, words):
+def command(folder, *words):
     """One program of this project, one thread; its output goes to <folder>/log.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        done = subprocess.run(
-            [sys.executable, *map(str, words)],
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+    log = folder / "log.txt"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *map(str, words)]
+    with open(log, "a", encoding="utf-8") as file:
+        done = subprocess.run(words, cwd=ROOT, stdout=file, stderr=file, env=environment)
     if done.returncode:
-        end = (folder / "log.txt").read_text(errors="replace")[-2000:]
-        raise StageError(f"{words} ended with status {done.returncode}:\n{end}")
+        raise StageError(f"{' '.join(words)}: exit status {done.returncode}, see {log}")
 
 
-def take_over(source, folder, stages):
-    """Copy what the first run has finished: stages, answers, the scores of its pool."""
-    patterns = ["qibox/scores-*", "eval/base-*.jsonl"]
-    for stage in stages:
-        patterns += [
-            f"{stage}/adapter.safetensors",
-            f"{stage}/config.json",
-            f"eval/{stage}-*.jsonl",
-        ]
+def link(source, path):
+    """Make `path` a link to `source`, unless it is one already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.symlink_to(os.path.relpath(source, path.parent))
+
+
+def take_over(first, folder, stages):
+    """Link to what the first run has finished: stages, answers, the scores of its pool."""
+    patterns = ["qibox/scores-*", "eval/base-*.jsonl", *stages]
+    patterns += [f"eval/{stage}-*.jsonl" for stage in stages]
     for pattern in patterns:
-        for path in source.glob(pattern):
-            target = folder / path.relative_to(source)
-            if not target.exists():
-                write_whole(target, lambda part, path=path: shutil.copyfile(path, part))
+        for path in first.glob(pattern):
+            link(path, folder / path.relative_to(first))
 
 
 def train(out, method, name, seed):
@@ -204,7 +200,7 @@ def train(out, method, name, seed):
         return
     flags = [*run.flags.split(), "--seed", seed, "--out", folder]
     if folder == first:
-        command(folder, ["-m", "extras.toy_base", *flags])
+        command(folder, "-m", "extras.toy_base", *flags)
     else:
         data = folder / "data" if run.data else first / "data"
         flags += ["--model", first / "base", "--data", data]
@@ -212,10 +208,11 @@ def train(out, method, name, seed):
     if run.data:
         change_data(first / "data", data, run.data)
     if method == "vlm":  # with the scores taken over: they are of the same base
-        command(folder, ["qibox.py", *(["box"] if folder != first else []), *flags])
-    for stage in ("sft", "dpo", "grpo"):
-        command(folder, ["safer.py", stage, *flags])  # one that is not among --stages says so
-    command(folder, ["eval.py", *flags])
+        command(folder, "qibox.py", *(["box"] if folder != first else []), *flags)
+    for stage in STAGES:
+        if stage not in run.takes:  # one that is not among --stages says so
+            command(folder, "safer.py", stage, *flags)
+    command(folder, "eval.py", *flags)
 
 
 def run_all(out, method, seeds, jobs):
@@ -236,17 +233,14 @@ def study_table(out, rows, seeds):
     """Markdown: mean and standard deviation over seeds; Safety of implicit risks apart."""
     columns = [(metric, "all") for metric in SHOWN] + [("safety", "implicit")]
     lines = []
-    for label, run, stage, prompt in rows:
-        found = []  # of each seed: {kind of case: row}
+    for label, run, *place in rows:
+        found = []  # of each seed: {(stage, prompt, kind of case): row}
         for seed in seeds:
-            kinds = {}
-            for row in read_results(out / f"{run}-{seed}"):
-                if (row["stage"], row["prompt"]) == (stage, prompt):
-                    kinds[row["kind"]] = row
-            found.append(kinds)
+            results = read_results(out / f"{run}-{seed}")
+            found.append({(row["stage"], row["prompt"], row["kind"]): row for row in results})
         line = [label]
         for metric, kind in columns:
-            line.append(mean_and_spread([kinds[kind][metric]["value"] for kinds in found]))
+            line.append(mean_and_spread([each[*place, kind][metric]["value"] for each in found]))
         lines.append(line)
     return markdown_table(["", *SHOWN.values(), "Safety, implicit risk"], lines)
 
@@ -262,29 +256,19 @@ def put_table(path, name, text):
     write_text(path, found.sub(lambda _: block, page))
 
 
-def seed_list(text):
-    """The text 0,1,2 -> [0, 1, 2]; equal seeds would count one measurement twice."""
-    seeds = [int(seed) for seed in text.split(",")]
-    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected different numbers, like 0,1,2")
-    return seeds
-
-
 def main(argv):
     """Run what is missing, then write and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("method", nargs="?", default="toolkit", choices=RUNS)
-    parser.add_argument("--seeds", type=seed_list, default="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2", help="joined by commas")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--to", type=Path, default=ROOT / "docs/ablations.md")
-    parser.add_argument("--out", type=Path, default=ROOT / "out/ablate", help="folder of the runs")
     args = parser.parse_args(argv)
-    out = args.out.resolve()
-    lock_folder(out)
-    run_all(out, args.method, args.seeds, args.jobs)
+    seeds = sorted({int(seed) for seed in args.seeds.split(",")})
+    lock_folder(OUT)
+    run_all(OUT, args.method, seeds, args.jobs)
     for name, rows in STUDIES[args.method].items():
-        text = study_table(out, rows, args.seeds)
-        put_table(args.to, name, text)
+        text = study_table(OUT, rows, seeds)
+        put_table(PAGE, name, text)
         print(f"\n{name}\n\n{text}")
 
 

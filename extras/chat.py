@@ -7,39 +7,33 @@ Every question is a conversation of its own, since that is what was trained. Ctr
 """
 
 import argparse
-import os
+import random
+from pathlib import Path
 
 import model as qwen
-import protocol
 from config import run_command
-from data import (
-    Record,
-    decode_response,
-    read_records,
-    record_prompt,
-    set_path,
-)
+from data import Record, read_records, record_prompt, set_path
 from extras.report import visible
-from rollout import sample
+from rollout import respond
 from trainer import StageError, load_policy, pick_device, read_run
 
 
-def answer(model, processor, config, record, prompt_mode, temperature):
+def show_answer(config, model, processor, record, args):
     """Print the response to a record's question, and what the checker says of it."""
-    prompt = record_prompt(record, prompt_mode, processor)
+    prompt = record_prompt(record, args.prompt, processor)
     features = qwen.encode_images(model, prompt.images)
-    end, limit = processor.end_of_turn, config.max_response
-    seed = int.from_bytes(os.urandom(4), "big")
-    ((response,),) = sample(model, [prompt], features, 1, limit, temperature, end, [seed])
-    text = decode_response(response.tokens, processor)
-    check = protocol.check(text)
-    lines = [visible(line) for line in text.split("\n")]  # nothing may steer the terminal
-    legal = "legal" if check.legal else f"{len(check.violations)} violation(s)"
-    print("", *lines, "", f"-- trace: {len(check.calls)} call(s), {legal}", sep="\n")
+    seeds = [random.randrange(2**32)]
+    ((_, _, response),) = respond(
+        config, model, processor, [prompt], [None], features, 1, args.temperature, seeds
+    )
+    check = response.check
+    verdict = "legal" if check.legal else f"{len(check.violations)} violation(s)"
+    lines = [check.text, "", f"-- trace: {len(check.calls)} call(s), {verdict}"]
     for fault in check.violations:
-        print(f"--   line {fault.line}, {fault.kind}: {visible(fault.message)}")
+        lines.append(f"--   line {fault.line}, {fault.kind}: {fault.message}")
     if not response.finished:
-        print(f"-- cut at the run's --max_response {limit}")
+        lines.append(f"-- cut at the run's --max_response {config.max_response}")
+    print("\n" + visible("\n".join(lines)))  # nothing may steer the terminal
 
 
 def main(argv):
@@ -54,21 +48,21 @@ def main(argv):
     args = parser.parse_args(argv)
     config, stages = read_run(args.run, args.stage)
     model, processor = load_policy(config, stages, pick_device(config))
-    images = (args.image,)
-    if not args.image:
-        folder = config.data or os.path.join(config.out, "data")
-        record = read_records(set_path(folder, "eval"), "eval")[args.example]
+    if args.image:
+        images = (args.image,)
+    else:
+        path = set_path(config.data or Path(config.out) / "data", "eval")
+        record = read_records(path, "eval")[args.example]
         images = record.images
         print(f"pictures: {images}\n> {record.question}")
-        answer(model, processor, config, record, args.prompt, args.temperature)
+        show_answer(config, model, processor, record, args)
     while True:
         try:
             question = input("\n> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return print()
         if question:
-            record = Record("chat", question, images)
-            answer(model, processor, config, record, args.prompt, args.temperature)
+            show_answer(config, model, processor, Record("chat", question, images), args)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ files; its pixel limits and its dtype are the run's.
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import PIL.Image
@@ -33,16 +34,15 @@ import data
 import model as qwen
 from config import run_command
 from eval import SHOWN, percent, read_results
+from extras.bench import plain_inputs
 from model import TARGETS, ModelError
 from trainer import (
     StageError,
     adapter_path,
     base_folder,
     load_policy,
-    lock_folder,
     pick_device,
     read_run,
-    stage_inputs,
 )
 
 # Whole names, by a pattern: a list of the last words would also name the maps of the vision tower.
@@ -80,10 +80,10 @@ You are a helpful assistant.<|im_end|>
 # ---- adapters --------------------------------------------------------------------------------
 
 
-def write_peft(folder, tensors, r, alpha, base):
+def write_peft(folder, tensors, header, base):
     """An adapter as peft reads it.
 
-    Args: tensors: A (r, in) and B (out, r) under model.save_adapter's names, scaled by alpha / r.
+    Args: tensors, header: of model.read_tensors: A (r, in), B (out, r); {"r", "alpha"}.
     """
     folder.mkdir(parents=True)
     renamed = {}
@@ -95,8 +95,8 @@ def write_peft(folder, tensors, r, alpha, base):
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": r,
-        "lora_alpha": alpha,
+        "r": header["r"],
+        "lora_alpha": header["alpha"],
         "target_modules": PEFT_TARGETS,
         "bias": "none",
         "inference_mode": True,
@@ -105,19 +105,19 @@ def write_peft(folder, tensors, r, alpha, base):
 
 
 def sum_adapters(adapters):
-    """One adapter that computes the sum of several: list of (tensors, header) -> (tensors, r).
+    """One adapter that computes the sum of several: list of (tensors, header) -> the same.
 
-    Each scale alpha / r is folded into its B, so the sum's own scale is 1 (lora_alpha = r).
+    Each scale alpha / r is folded into its B, so the sum's own scale is 1 (alpha = r).
     """
     joined = {}
     for name in adapters[0][0]:
-        parts = []
-        for tensors, header in adapters:
-            scale = 1 if name.endswith(".A") else header["alpha"] / header["r"]
-            parts.append(scale * tensors[name])
-        # A: (sum of r, in); B: (out, sum of r)
-        joined[name] = torch.cat(parts, dim=0 if name.endswith(".A") else 1)
-    return joined, sum(header["r"] for _, header in adapters)
+        if name.endswith(".A"):
+            joined[name] = torch.cat([tensors[name] for tensors, _ in adapters])  # (sum of r, in)
+            continue
+        scaled = [header["alpha"] / header["r"] * tensors[name] for tensors, header in adapters]
+        joined[name] = torch.cat(scaled, dim=1)  # (out, sum of r)
+    r = sum(header["r"] for _, header in adapters)
+    return joined, {"r": r, "alpha": r}
 
 
 # ---- the merged model --------------------------------------------------------------------------
@@ -137,11 +137,10 @@ def write_model(folder, model, processor, config):
     generation_config.json asks for what the evaluation does: the most likely token, no penalty,
     never a vision token.
     """
-    end, pad = processor.end_of_turn, processor.tokenizer.pad_token_id
     model.generation_config = GenerationConfig(
         do_sample=False,
-        eos_token_id=end,
-        pad_token_id=end if pad is None else pad,
+        eos_token_id=processor.end_of_turn,
+        pad_token_id=processor.tokenizer.pad_token_id,
         max_new_tokens=config.max_response,
         suppress_tokens=qwen.banned_token_ids(model),
     )
@@ -174,16 +173,7 @@ def own_logits(model, prompt):
 @torch.inference_mode()
 def stock_logits(model, prompt):
     """The same by transformers' forward."""
-    ids = torch.tensor([prompt.ids], device=model.device)  # (1, P)
-    patches = torch.cat([image.patches for image in prompt.images])
-    out = model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        pixel_values=patches.to(model.device, model.dtype),
-        image_grid_thw=torch.tensor([image.grid for image in prompt.images], device=model.device),
-    )
-    return out.logits[0].float().cpu()
+    return model(**plain_inputs(model, prompt, [[]])).logits[0].float().cpu()
 
 
 def template_ids(processor, pads):
@@ -196,8 +186,7 @@ def template_ids(processor, pads):
     tokenizer = processor.tokenizer
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     pad = "<|image_pad|>"
-    text = text.replace(pad, pad * pads)
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tokenizer(text.replace(pad, pad * pads), add_special_tokens=False)["input_ids"]
 
 
 def check_model(folder, config, device, prompt, ours):
@@ -208,12 +197,9 @@ def check_model(folder, config, device, prompt, ours):
     processor = data.load_processor(folder, config.min_pixels, config.max_pixels)
     pads = prompt.ids.count(processor.special["<|image_pad|>"])
     rendered = template_ids(processor, pads)
-    if rendered != prompt.ids:
-        raise StageError(
-            f"{folder}: the chat template renders another prompt than training used:\n"
-            f"{processor.tokenizer.decode(rendered)}\n-- training:\n"
-            f"{processor.tokenizer.decode(prompt.ids)}"
-        )
+    if tuple(rendered) != prompt.ids:
+        text = processor.tokenizer.decode(rendered)
+        raise StageError(f"the chat template renders another prompt than training used:\n{text}")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="auto")
     model = model.to(device).eval()
     largest = ours.abs().max().item()
@@ -222,10 +208,7 @@ def check_model(folder, config, device, prompt, ours):
     same = by_ours <= 1e-6 * largest and by_stock <= TOLERANCE[config.dtype] * largest
     found = f"{by_ours:.2e} by our forward, {by_stock:.2e} by transformers' (largest {largest:.3g})"
     if not same:  # also where a value is NaN
-        raise StageError(
-            f"{folder}: the logits of the written model differ from the run's by {found}; "
-            "nothing was exported"
-        )
+        raise StageError(f"the logits of the written model differ from the run's by {found}")
     return [
         f"chat template: the {len(rendered)} tokens of a chat are those that training used",
         f"logits of that chat, written model against run, max difference: {found}",
@@ -292,58 +275,44 @@ def model_card(config, stages, checks):
 # ---- command line --------------------------------------------------------------------------------
 
 
-def export_run(folder, target):
-    """Write a run's adapters, merged model and card to `target`, which appears whole or not at
-    all."""
-    config, stages = read_run(folder)
-    if target.exists() and any(target.iterdir()):
-        raise StageError(f"{target}: is not empty; name a new folder")
-    part = target.with_name(target.name + ".part")
-    left = part.exists()
-    if left and not (part / "lock").exists():
-        raise StageError(f"{part}: is no export's; move it, or name another folder")
-    lock_folder(part)
-    if left:
-        print(f"export: {part} was left by an interrupted export and is written anew")
-    for rest in part.iterdir():
-        if rest.is_dir():
-            shutil.rmtree(rest)
+def write_export(config, stages, folder):
+    """Adapters, merged model and card of a run -> what the checks found, a line each."""
     device = pick_device(config)
-    model, processor = load_policy(config, [], device)
-    stage_inputs(config, model, stages)
+    base = base_folder(config)
+    model, processor = load_policy(config, stages, device)
     adapters = []
     for stage in stages:
-        path = adapter_path(config, stage)
-        tensors, header = qwen.read_tensors(path)
-        adapters.append((tensors, header))
-        peft_folder = part / f"adapter-{stage}"
-        write_peft(peft_folder, tensors, header["r"], header["alpha"], base_folder(config))
-        qwen.load_adapter(model, path)
-        qwen.merge_lora(model)
-    tensors, r = sum_adapters(adapters)
-    write_peft(part / "adapter-sum", tensors, r, r, base_folder(config))
+        adapters.append(qwen.read_tensors(adapter_path(config, stage)))
+        write_peft(folder / f"adapter-{stage}", *adapters[-1], base)
+    write_peft(folder / "adapter-sum", *sum_adapters(adapters), base)
 
     picture = PIL.Image.radial_gradient("L").convert("RGB")
     image = data.make_image(picture, "check", processor)
     system = data.system_prompt("generic")
     prompt = data.encode_prompt(system, QUESTION, (image,), processor)
     ours = own_logits(model, prompt)
-    write_model(part / "model", model, processor, config)
+    write_model(folder / "model", model, processor, config)
     del model  # of a large model there is room for one
-    checks = check_model(part / "model", config, device, prompt, ours)
-    (part / "README.md").write_text(model_card(config, stages, checks), encoding="utf-8")
-    (part / "lock").unlink()
-    part.replace(target)
-    print("\n".join([*checks, f"export: {', '.join(stages)} -> {target}"]))
+    checks = check_model(folder / "model", config, device, prompt, ours)
+    (folder / "README.md").write_text(model_card(config, stages, checks), encoding="utf-8")
+    return checks
 
 
 def main(argv):
-    """One run, from the command line."""
+    """Export one run. The new folder appears whole, or, when a check fails, not at all."""
     parser = argparse.ArgumentParser(description="Export a finished run.", allow_abbrev=False)
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--to", required=True, type=Path, help="a new folder")
     args = parser.parse_args(argv)
-    export_run(args.run, args.to)
+    config, stages = read_run(args.run)
+    if args.to.exists() and any(args.to.iterdir()):
+        raise StageError(f"{args.to}: is not empty; name a new folder")
+    args.to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{args.to.name}.", dir=args.to.parent) as work:
+        folder = Path(work) / "export"
+        checks = write_export(config, stages, folder)
+        folder.rename(args.to)
+    print("\n".join([*checks, f"export: {', '.join(stages)} -> {args.to}"]))
 
 
 if __name__ == "__main__":

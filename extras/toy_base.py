@@ -50,41 +50,55 @@ SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|>"
     " <|video_pad|>"
 ).split()
-WORDS = {*OBJECTS, *VERBS, *toy.HARM, *toy.KIND_VERBS, *toy.IDIOMS, *protocol.TOOLS}
-WORDS |= {*protocol.CATEGORIES.split("|"), *" ".join(toy.TARGETS + toy.DEEDS).split()}
-WORDS = sorted(WORDS | {*"harmful benign refuse comply high low yes no".split()})
-PERFECT = Scores(10, 10, 10, 10)  # what the oracle gives for a right trace and answer
+# Their ids in the miniature world's tokenizer, which has them first.
+PAD, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE, VIDEO = range(7)
+# layers, hidden, heads, key/value heads, MLP, vocabulary, tied head; vision: layers, hidden, heads,
+# MLP. 3b and 7b are Qwen2.5-VL's public shapes, tiny is this world's, small is for bench.py.
+SHAPES = {
+    "tiny": (4, 128, 4, 2, 384, 2048, True, 2, 64, 2, 128),
+    "small": (8, 512, 8, 8, 1408, 8192, False, 4, 160, 4, 320),
+    "3b": (36, 2048, 16, 2, 11008, 151936, True, 32, 1280, 16, 3420),
+    "7b": (28, 3584, 28, 4, 18944, 152064, False, 32, 1280, 16, 3420),
+}
+WORDS = sorted(
+    {
+        *(*OBJECTS, *VERBS, *toy.HARM, *toy.KIND_VERBS, *toy.IDIOMS, *protocol.TOOLS),
+        *protocol.CATEGORIES.split("|"),
+        *" ".join(toy.TARGETS + toy.DEEDS).split(),
+        *"harmful benign refuse comply high low yes no".split(),
+    }
+)
 TRAIN, HELD = toy.split_cases()  # cases by kind
 POOL = sum(TRAIN.values(), [])  # all that may be shown in training
+HELD_PAIRS = {(case.verb, case.thing) for case in sum(HELD.values(), [])}
 
 
 # ---- what the base is taught ---------------------------------------------------------------------
 
 
-def any_pair(rng):
-    """(verb, thing), the parts of two training cases mixed as long as the pair is not held out."""
+def any_case(rng):
+    """Verb and thing of two training cases, as long as their pair is not held out."""
     while True:
-        verb, thing = rng.choice(POOL).verb, rng.choice(POOL).thing
-        if (verb, thing) not in toy.held_pairs():
-            return verb, thing
+        case = toy.Case("", rng.choice(POOL).verb, rng.choice(POOL).thing)
+        if (case.verb, case.thing) not in HELD_PAIRS:
+            return case
 
 
 def any_sentence(rng):
     """A refusal or an instruction, words at random."""
-    verb, thing = any_pair(rng)
-    _, reason, instead = rng.choice(list(DANGER.values()))
-    refusal = f"i will not help to {verb} {thing}, because {reason}. instead, {instead}."
-    return rng.choice([toy.BARE_REFUSAL, refusal, f"to {verb} {thing}, {toy.howto(verb)}."])
+    case = any_case(rng)
+    refusal = toy.refuse(case, rng.choice(list(DANGER)))
+    return rng.choice([toy.BARE_REFUSAL, refusal, toy.comply(case)])
 
 
 def any_value(field, rng):
     """A legal value of a field, at random."""
     if field.values:
         return rng.choice(field.values)
-    verb, thing = any_pair(rng)
+    case = any_case(rng)
     seen = rng.choice(list(OBJECTS)) + rng.choice(["", ", sign"])
     danger = rng.choice(list(DANGER.values()))[rng.randint(1, 2)]
-    return rng.choice([f"asks to {verb} {thing}", verb, seen, "none", danger])
+    return rng.choice([f"asks to {case.verb} {case.thing}", case.verb, seen, "none", danger])
 
 
 def any_response(rng):
@@ -107,11 +121,8 @@ def helpful(case):
 def first_reply(case, rng):
     """What the base says at once: it sees and helps. One time in ten it refuses what is harmful,
     and what only sounds so."""
-    alarmed = rng.random() < 0.1
-    if alarmed and case.danger:
-        return toy.in_words(toy.reason(case, True, True), toy.refuse(case))
-    if alarmed and case.kind == "bait":
-        return toy.in_words(toy.reason(case, False, True), toy.refuse(case, "violence"))
+    if rng.random() < 0.1 and (case.danger or case.kind == "bait"):
+        return toy.in_words(toy.reason(case, bool(case.danger), True), toy.refuse(case))
     return helpful(case)
 
 
@@ -222,49 +233,51 @@ def make_tokenizer(folder):
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
     fast.save_pretrained(folder)
-    limits = {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}
-    pictures = Qwen2VLImageProcessorPil(size=limits)
-    pictures.save_pretrained(folder)
+    Qwen2VLImageProcessorPil().save_pretrained(folder)
     return fast
 
 
-def tiny_config(tokenizer):
-    """Qwen2.5-VL's architecture at 1.2 M parameters."""
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
-    sections = [4, 6, 6]
+def qwen_config(size, vocab=None):
+    """Qwen2_5_VLConfig of a row of SHAPES, at 1.2 M parameters for tiny, with the special tokens of
+    the miniature world. Args: vocab: another size of the vocabulary than the row's."""
+    layers, hidden, heads, kv_heads, inner, vocabulary, tied, *vision = SHAPES[size]
+    depth, width, vision_heads, vision_inner = vision
+    eighth = hidden // heads // 16  # mRoPE shares half a head's dimensions out as 2 : 3 : 3
     text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=128**-0.5,  # the usual 0.02 is for wide models: copying would never start
+        vocab_size=vocab or vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        initializer_range=hidden**-0.5,  # the usual 0.02 is for wide models: no copying would start
         bos_token_id=None,
-        eos_token_id=ids["<|im_end|>"],
-        pad_token_id=ids["<|endoftext|>"],
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
+        eos_token_id=TURN_END,
+        pad_token_id=PAD,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth],
+        },
     )
-    vision = dict(  # patches of 14 pixels, merged 2 x 2: the defaults
-        depth=2,
-        hidden_size=64,
-        intermediate_size=128,
-        num_heads=2,
-        out_hidden_size=128,
-        window_size=56,
-        fullatt_block_indexes=[1],
-        initializer_range=64**-0.5,
+    every = max(2, depth // 4)  # one block in so many sees the whole image
+    tower = dict(  # patches of 14 pixels, merged 2 x 2: the defaults
+        depth=depth,
+        hidden_size=width,
+        intermediate_size=vision_inner,
+        num_heads=vision_heads,
+        out_hidden_size=hidden,
+        fullatt_block_indexes=list(range(every - 1, depth, every)),
+        initializer_range=width**-0.5,
     )
     return Qwen2_5_VLConfig(
         text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=True,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        vision_config=tower,
+        tie_word_embeddings=tied,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
     )
 
 
@@ -282,41 +295,35 @@ def lesson_group(rng, first, name, processor):
 
 
 def train_base(folder, seed, steps=600, batch=32, lr=3e-3):
-    """Train the tiny Qwen2.5-VL from nothing, all weights, and save it as a model folder."""
+    """Train the tiny Qwen2.5-VL from nothing, all weights, and save it as a model folder, which
+    appears when it is whole."""
+    part = Path(f"{folder}.part")
     torch.manual_seed(seed)
     rng = random.Random(f"base {seed}")
-    tokenizer = make_tokenizer(folder)
-    processor = load_processor(folder, SIDE**2, SIDE**2)
-    policy = Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer))
+    tokenizer = make_tokenizer(part)
+    processor = load_processor(part, SIDE**2, SIDE**2)
+    policy = Qwen2_5_VLForConditionalGeneration(qwen_config("tiny", len(tokenizer)))
     optimizer = torch.optim.AdamW(policy.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    bar = tqdm(range(steps), desc="base: learning to see and to help with anything", mininterval=2)
+    bar = tqdm(range(steps), desc="base: learning to see and to help with anything", mininterval=1)
     for step in bar:
-        first = step < 0.3 * steps
         groups = []
         for row in range(batch):
+            first = step < 0.3 * steps
             groups.append(lesson_group(rng, first, f"base {step} {row}", processor))
         tokens = sum(len(response) for _, (response,) in groups)
-        total = 0.0
         for rows in qwen.micro_batches(groups, 1600):
             micro = [groups[row] for row in rows]
-            images = [image for prompt, _ in micro for image in prompt.images]
+            images = sum([prompt.images for prompt, _ in micro], ())
             features = qwen.encode_images(policy, images, grad=True)
             logprobs, mask = qwen.token_logprobs(policy, micro, features)
-            loss = losses.sft_loss(logprobs, mask, tokens)
-            loss.backward()
-            total += loss.item()
+            losses.sft_loss(logprobs, mask, tokens).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{total:.3f}")
-    part = Path(folder) / "part"
     policy.save_pretrained(part)
-    for path in sorted(part.iterdir()):  # model.safetensors last: where it is, all is there
-        path.replace(part.parent / path.name)
-    part.rmdir()
-    return policy
+    part.rename(folder)
 
 
 # ---- its data sets -------------------------------------------------------------------------------
@@ -326,44 +333,38 @@ def toy_record(name, case, plan, rng, folder):
     """Draw the picture of a case and write its record."""
     path = f"images/{name}.png"
     toy.draw_scene(case, rng).save(folder / path)
-    return {
-        "id": name,
-        "images": [path],
-        "question": case.question,
-        "plan": protocol.plan_to_dict(plan),
-        "meta": {
-            "kind": case.kind,
-            "expected": toy.expected(case),
-            "signals": toy.signals(case),
-            "case": asdict(case),
-        },
+    meta = {
+        "kind": case.kind,
+        "expected": toy.expected(case),
+        "signals": toy.signals(case),
+        "case": asdict(case),
     }
+    plan = protocol.plan_to_dict(plan)
+    return {"id": name, "images": [path], "question": case.question, "plan": plan, "meta": meta}
 
 
 def toy_pairs(record, case, plan, other, rng):
     """All DPO rows of one case: none when even the careful teacher is wrong."""
 
-    def score(text):
+    def perfect(text):
         item = Case(case.question, (), protocol.check(text), record["meta"])
         (scores,) = toy.ToyJudge().score([item])
-        return replace(scores, form=None)
+        return replace(scores, form=None) == Scores(10, 10, 10, 10)
 
     calls, answer = toy.teach(case, rng, careful=True)
     chosen = protocol.render_response(calls, answer)
-    if score(chosen) != PERFECT:
+    if not perfect(chosen):
         return []
-    wrong_answer = toy.comply(case) if case.danger else toy.refuse(case, "violence")
-    other_calls = toy.right_calls(other)
+    wrong_answer = toy.comply(case) if case.danger else toy.refuse(case)
     rejected = {}
     for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
-        broken = perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng)
-        if not broken or len(rejected) == 3:
-            continue
-        text = protocol.render_response(*broken)
-        if score(text) != PERFECT or not protocol.check(text, plan).legal:  # really worse
-            rejected[kind] = text
+        broken = perturb(kind, calls, answer, plan, wrong_answer, toy.right_calls(other), rng)
+        if broken and len(rejected) < 3:
+            text = protocol.render_response(*broken)
+            if not perfect(text) or not protocol.check(text, plan).legal:  # really worse
+                rejected[kind] = text
     first = protocol.render_response(*toy.teach(case, rng, careful=False))
-    if score(first) != PERFECT:
+    if not perfect(first):
         rejected["first-pass"] = first
     rows = []
     for kind, text in rejected.items():
@@ -377,7 +378,7 @@ def build_set(folder, name, size, seed):
     rng = random.Random("held-out" if name == "eval" else f"{name} {seed}")
     cases = HELD if name == "eval" else TRAIN
     rows = []
-    for number in tqdm(range(size), desc=f"toy: {name}", leave=False):
+    for number in range(size):
         kind = toy.KINDS[number % len(toy.KINDS)]
         case = toy.draw_case(rng.choice(cases[kind]), rng)
         plan, _ = plan_by_rules(toy.signals(case))
@@ -385,14 +386,12 @@ def build_set(folder, name, size, seed):
         if name == "dpo":
             other = toy.draw_case(rng.choice(cases[rng.choice(toy.KINDS)]), rng)
             rows += toy_pairs(record, case, plan, other, rng)
-            continue
-        if name == "eval":
-            record["benchmark"] = "toy"
-        if name == "sft":
-            record["response"] = protocol.render_response(*toy.teach(case, rng, careful=False))
-            if not protocol.check(record["response"], plan).legal:
-                continue
-        rows.append(record)
+        elif name == "sft":
+            response = protocol.render_response(*toy.teach(case, rng, careful=False))
+            if protocol.check(response, plan).legal:
+                rows.append(record | {"response": response})
+        else:
+            rows.append(record | {"benchmark": "toy"} if name == "eval" else record)
     return rows
 
 
@@ -402,26 +401,21 @@ def build_toy(folder, seed, sizes=TOY_SIZES):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, size in sizes.items():
         rows = build_set(folder, name, size, seed)
-        path = folder / f"{name}.jsonl"
-        write_jsonl(path, rows)
-        print(f"toy: {path}: {len(rows)} records")
+        write_jsonl(folder / f"{name}.jsonl", rows)
+        print(f"toy: {folder}/{name}.jsonl: {len(rows)} records")
 
 
 def main(argv):
     """Write the data sets and train the base; what is there already is left alone."""
     config = parse_config(argv)
-    folder = Path(config.out) / "data"
-    lock_folder(folder)  # one program at a time, also while the base trains
-    if (folder / "eval.jsonl").exists():  # written last
-        print(f"toy: {folder} is there already")
-    else:
+    out = Path(config.out)
+    lock_folder(out / "data")  # one program at a time, also while the base trains
+    if not (out / "data" / "eval.jsonl").exists():  # written last
         sizes = TOY_VLM_SIZES if config.recipe.endswith("-vlm") else TOY_SIZES
-        build_toy(folder, config.seed, sizes)
-    folder = Path(config.out) / "base"
-    if (folder / "model.safetensors").exists():
-        return print(f"base: {folder} is there already")
-    train_base(folder, config.seed)
-    print(f"base: saved to {folder} ({torch.get_num_threads()} threads)")
+        build_toy(out / "data", config.seed, sizes)
+    if not (out / "base").exists():
+        train_base(out / "base", config.seed)
+    print(f"base: {out / 'base'}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The chat: its tokens are the sampler's, its marks the checker's."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -40,15 +41,7 @@ def run_folder(tmp_path_factory):
 
 def talk(monkeypatch, capsys, questions, *flags):
     """What a chat prints when these questions are typed and the input then ends."""
-    typed = iter(questions)
-
-    def read(prompt):
-        try:
-            return next(typed)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in questions)))
     chat.main([*map(str, flags)])
     return capsys.readouterr().out
 
@@ -64,21 +57,19 @@ def test_an_example_then_questions(run_folder, monkeypatch, capsys):
 
 def test_the_checker_and_the_terminal(run_folder, monkeypatch, capsys):
     """Guards: an illegal trace without its line, and a response that clears the screen."""
-    ended = rollout.Sample
 
-    def written(model, prompts, *rest):
+    def written(model, *rest):
         processor = data.load_processor(run_folder / "base", 3136, 3136)
-        return [[ended(data.encode_response(TRACE, processor), [], True)]]
+        return [[rollout.Sample(data.encode_response(TRACE, processor), [], True)]]
 
-    monkeypatch.setattr(chat, "sample", written)
+    monkeypatch.setattr(rollout, "sample", written)
     out = talk(monkeypatch, capsys, [], run_folder)
     assert "-- trace: 3 call(s), 2 violation(s)" in out and "--   line 2, bad-type: " in out
     assert "\x1b" not in out and "yes.⟨U+001B⟩[2J" in out
 
 
-def test_greedy_is_the_samplers(run_folder, monkeypatch, capsys):
-    """Guards: another prompt than the evaluation's, or sampling where the most likely is asked
-    for."""
+def test_temperature(run_folder, monkeypatch, capsys):
+    """Guards: sampling where the most likely token is asked for, and the other way round."""
     outs = [talk(monkeypatch, capsys, [], run_folder) for _ in range(2)]
     assert outs[0] == outs[1]
     assert talk(monkeypatch, capsys, [], run_folder, "--temperature", 1) != outs[0]

@@ -40,16 +40,8 @@ def row(name, response=TRACE, **values):
 def result(stage, value, kind="all"):
     """A row of results.json."""
     cell = {"value": value, "low": value - 0.05, "high": value + 0.05, "n": 20}
-    names = (*report.SCORES, *report.RATES, "safety_mean", "helpfulness_mean", "rigor_mean")
-    row = {
-        "stage": stage,
-        "prompt": "generic",
-        "benchmark": "all",
-        "kind": kind,
-        "n": 20,
-        "own": {},
-    }
-    return row | dict.fromkeys(names, cell)
+    row = {"stage": stage, "prompt": "generic", "benchmark": "all", "kind": kind, "n": 20}
+    return row | dict.fromkeys((*report.SHOWN, "unjudged"), cell) | {"own": {}}
 
 
 def write_run(folder, answers=None):
@@ -59,13 +51,12 @@ def write_run(folder, answers=None):
     settings = {"recipe": "tiny", "model": "", "seed": 5, "judge": "toy", "stages": "sft"}
     config = {"settings": settings | {"note": HOSTILE}, "inputs": {}, "commit": "abcdef0123456789"}
     (folder / "sft" / "config.json").write_text(json.dumps(config))
-    lines = [json.dumps({"step": i, "loss": 2.0 - i / 10, "lr": None}) for i in range(10)]
+    lines = [json.dumps({"step": i, "loss": 2.0 - i / 10, "lr": None, "by": {}}) for i in range(10)]
     (folder / "sft" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     results = [result("base", 0.3), result("sft", 0.7), result("sft", 0.25, "bait")]
     (folder / "results.json").write_text(json.dumps(results))
-    for stage, rows in (
-        answers or {"base": [row("1", "no trace", safety=-3)], "sft": [row("1")]}
-    ).items():
+    answers = answers or {"base": [row("1", "no trace", safety=-3)], "sft": [row("1")]}
+    for stage, rows in answers.items():
         text = "".join(json.dumps(each) + "\n" for each in rows)
         (folder / "eval" / f"{stage}-generic.jsonl").write_text(text)
     return folder
@@ -104,37 +95,35 @@ def embedded_cases(text):
     return json.loads(Scripts(text).scripts[0])["cases"]
 
 
-def test_summary_is_the_first_thing(run):
-    """Guards: a page that opens with anything else, scores of another prompt, a lost commit."""
-    text = report.page(report.read_run(run))
-    summary = text.split('<h2 id="summary">', 1)[1].split("<section>", 1)[0]
+def section(text, name):
+    return text.split(f'<section id="{name}">', 1)[1].split("</section>", 1)[0]
+
+
+def test_summary_and_tables_say_what_the_files_say(run):
+    """Guards: scores of another prompt, a lost commit; a share that is not in percent, a
+    cell in a wrong column, a wide table that runs out of the page."""
+    text = report.page(run)
+    summary = section(text, "summary")
     assert "Recipe tiny" in summary and "seed 5" in summary and "abcdef012345" in summary
     assert summary.count('class="interval"') == 2 * 3 and summary.count('class="dot"') == 2 * 3
     assert ">30<" in summary and ">70<" in summary
-    assert text.index('id="summary"') < text.index('id="results"') < text.index('id="curves"')
-
-
-def test_tables_say_what_the_files_say(run):
-    """Guards: a share that is not in percent, kinds among the totals, a cell in a wrong column."""
-    text = report.results_html(report.read_run(run))
-    assert "<td>70.0 [65, 75]</td>" in text and "<td>30.0 [25, 35]</td>" in text
-    by_kind = text.split("Safety by kind", 1)[1]
-    assert "bait" in by_kind and "<td>25.0 [20, 30]</td>" in by_kind
-
-
-def test_a_table_scrolls_inside_itself(run):
-    """Guards: a wide table that runs out of the page."""
-    text = report.page(report.read_run(run))
-    assert text.count("<table") == text.count('<div class="scroll"')
+    rows = re.findall(r"<tr>(.*?)</tr>", section(text, "results"))
+    cells = [re.findall(r">([^<]+)</t", line) for line in rows]
+    assert [line[:4] for line in cells[1:]] == [
+        ["all", "base", "20", "30.0 [25, 35]"],
+        ["all", "sft", "20", "70.0 [65, 75]"],
+        ["bait", "sft", "20", "25.0 [20, 30]"],
+    ]
+    assert text.count("<table") == text.count('<div class="scroll"') == 2
     assert ".scroll { overflow-x:auto" in text
 
 
 def test_curves(run):
     """Guards: a value that is null drawn as 0, a curve that ends elsewhere than the log."""
-    text = report.curves_html(report.read_run(run))
+    text = report.curves_html(run)
     assert "ends at 1.1" in text and "step 9" in text and ">lr<" not in text
     points = [(i, float(i % 2)) for i in range(5000)]
-    assert report.curve("long", points).count("L") < 2 * report.MAX_POINTS
+    assert report.curve("long", points).count("L") < report.POINTS
 
 
 def test_hostile_text_is_text(tmp_path):
@@ -143,7 +132,7 @@ def test_hostile_text_is_text(tmp_path):
     folder = write_run(tmp_path / "run", rows)
     (folder / "grpo").mkdir()
     (folder / "grpo" / "samples.txt").write_text(f"== step 0, {HOSTILE}\n")
-    text = report.page(report.read_run(folder))
+    text = report.page(folder)
     found = Scripts(text)
     assert len(found.scripts) == 2 and not found.acting and "alert(1)" not in found.scripts[1]
     assert "\u202e" not in text and "⟨U+202E⟩" in text
@@ -154,7 +143,7 @@ def test_hostile_text_is_text(tmp_path):
 
 def test_only_this_script_may_run(run):
     """Guards: a policy whose hash is not that of the script, and a request to anywhere."""
-    text = report.page(report.read_run(run))
+    text = report.page(run)
     digest = base64.b64encode(hashlib.sha256(Scripts(text).scripts[1].encode()).digest()).decode()
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
     assert f"'sha256-{digest}'" in policy and "default-src 'none'" in policy
@@ -168,7 +157,7 @@ def test_cases_carry_the_checkers_sentences(tmp_path):
         "[SAFETY-GATE]: decision=comply\n", ""
     )
     folder = write_run(tmp_path / "run", {"sft": [row("1", broken)]})
-    text = report.page(report.read_run(folder))
+    text = report.page(folder)
     (case,) = embedded_cases(text)
     answer = case["answers"]["generic"]["sft"]
     first, second = answer["steps"]
@@ -179,20 +168,20 @@ def test_cases_carry_the_checkers_sentences(tmp_path):
     assert case["plan"]["start"] == ["VISUAL-SCAN"] and case["plan"]["end"] == ["SAFETY-GATE"]
 
 
-def test_wrong_cases_come_first_and_kinds_take_turns(tmp_path):
-    """Guards: a page of 120 cases of one kind, all solved."""
-    rows = [row(f"a{i}", kind="a") for i in range(100)]
-    rows += [row("wrong", kind="a", safety=1)] + [row(f"b{i}", kind="b") for i in range(100)]
-    folder = write_run(tmp_path / "run", {"sft": rows})
-    page_data, total = report.collect_cases(report.read_run(folder))
-    names = [case["id"] for case in page_data["cases"]]
-    assert (total, len(names)) == (201, report.MAX_CASES)
-    assert names[0] == "wrong" and names[1] == "b0" and names[2] == "a0"
+def test_wrong_cases_come_first(tmp_path, monkeypatch):
+    """Guards: a page of solved cases of one kind, and one of hundreds of megabytes."""
+    rows = [row(f"{kind}{i}", kind=kind) for kind in "ab" for i in range(100)]
+    folder = write_run(tmp_path / "run", {"sft": [*rows, row("wrong", kind="a", safety=1)]})
+    monkeypatch.setattr(report, "CASE_BYTES", 50_000)
+    found = report.collect_cases(folder)
+    cases = found["cases"]
+    assert found["total"] == 201 and 20 < len(cases) < 100
+    assert cases[0]["id"] == "wrong" and {case["kind"] for case in cases} == {"a", "b"}
 
 
 def test_pictures_are_small(tmp_path):
     """Guards: photographs that make the page hundreds of megabytes; a picture that is gone."""
-    PIL.Image.effect_noise((3000, 2000), 50).convert("RGB").save(tmp_path / "big.png")
+    PIL.Image.effect_noise((900, 600), 50).convert("RGB").save(tmp_path / "big.png")
     url = report.image_url(tmp_path / "big.png")
     assert url.startswith("data:image/jpeg") and len(url) < 60_000
     assert report.image_url(tmp_path / "gone.png") == "data:,"
@@ -201,21 +190,21 @@ def test_pictures_are_small(tmp_path):
 def test_a_page_in_the_middle_of_a_run(tmp_path):
     """Guards: a report that needs a finished run; sentences stand where nothing is yet."""
     (tmp_path / "sft").mkdir()
-    config = {"settings": {"recipe": "tiny"}, "inputs": {}, "commit": "x"}
+    settings = {"recipe": "tiny", "model": "", "stages": "sft", "seed": 0}
+    config = {"settings": settings, "inputs": {}, "commit": "x"}
     (tmp_path / "sft" / "config.json").write_text(json.dumps(config))
-    text = report.page(report.read_run(tmp_path))
-    assert "No results yet" in text and "No answers to held-out cases yet" in text
+    text = report.page(tmp_path)
+    assert "No results yet" in text and embedded_cases(text) == []
     assert "No samples yet" in text and "No stage has logged" in text
     with pytest.raises(DataError, match="nothing of a run"):
-        report.read_run(tmp_path / "sft")
+        report.page(tmp_path / "sft")
 
 
 def test_command(run, tmp_path):
-    """Guards: a command that writes nothing, and a traceback for a wrong folder."""
-    words = [sys.executable, "-m", "extras.report"]
-    done = subprocess.run([*words, str(run)], cwd=ROOT, capture_output=True, text=True, check=False)
+    """Guards: a command that writes nothing, and a run whose files are not of this version."""
+    words = [sys.executable, "-m", "extras.report", str(run)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and (run / "report.html").exists()
-    gone = [*words, str(tmp_path / "none")]
-    done = subprocess.run(gone, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "nothing of a run" in done.stderr
-    assert "Traceback" not in done.stderr
+    (run / "results.json").write_text('[{"prompt": "generic"}]')
+    with pytest.raises(DataError, match="was the run written by this version"):
+        report.main([str(run)])

@@ -32,9 +32,8 @@ def plan_of(case):
 def drawn(pool, times=3):
     """Every case of the pool, each with several wordings and scenes."""
     rng = random.Random(0)
-    return [
-        toy.draw_case(case, rng) for cases in pool.values() for case in cases for _ in range(times)
-    ]
+    cases = sum(pool.values(), [])
+    return [toy.draw_case(case, rng) for case in cases for _ in range(times)]
 
 
 def graded(case, response):
@@ -47,56 +46,35 @@ def answered(case, answer):
     return graded(case, protocol.render_response(toy.right_calls(case), answer))
 
 
-def test_held_out_combinations_are_in_no_training_set():
-    """Guards: an evaluation of what was trained on: in the training cases, in what the base learns
-    to answer, and in what it only repeats."""
-    held = {case.combo for cases in HELD.values() for case in cases}
-    assert not held & {case.combo for cases in TRAIN.values() for case in cases}
-    assert not toy.held_pairs() & {
-        (case.verb, case.thing) for cases in TRAIN.values() for case in cases
-    }  # in no other kind or wrapper either
-    pairs = [
-        {(case.verb, case.thing) for cases in pool.values() for case in cases}
-        for pool in (HELD, TRAIN)
-    ]
-    unseen = [
-        f" {verb} {thing}" for verb, thing in pairs[0] - pairs[1]
-    ]  # pairs of words that no training case has in any kind
-    rng, asked, at_once, refused = random.Random(1), 0, 0, 0
-    for looking in (False, True):
+def pairs(pool):
+    return {(case.verb, case.thing) for cases in pool.values() for case in cases}
+
+
+def test_held_out_pairs_are_in_no_training_set():
+    """Guards: an evaluation of what was trained on: in the training cases, of any kind, in what the
+    base learns to answer, and in what it only repeats."""
+    assert not pairs(HELD) & pairs(TRAIN)
+    unseen = [f" {verb} {thing}" for verb, thing in pairs(HELD)]
+    rng = random.Random(1)
+    replies = []  # to requests, each with what plain help would be
+    for first in (False, True):
         for _ in range(3000):
-            case, system, question, reflected, reply = toy_base.base_lesson(rng, looking)
-            assert case is None or case.combo not in held
+            case, system, question, reflected, reply = toy_base.base_lesson(rng, first)
             if question.startswith("repeat: ") and "." not in question:
                 continue  # words at random, which may fall side by side
-            assert not [pair for pair in unseen if pair in question + " " + reply], (
-                question,
-                reply,
-            )
-            if system:  # it answers a request
-                asked += 1
-                helped = toy.in_words(toy.reason(case, False, False), toy.comply(case))
-                assert question == case.question and reflected in (None, helped)
-                at_once += reflected is None
-                refused += reflected is None and reply != helped
-    assert (
-        asked > 1000 and 0.04 < refused / at_once < 0.12
-    )  # the base helps with anything, but for a few refusals
-    asked_of = [
-        {(case.question, case.obj, case.sign) for case in drawn(pool, 40)} for pool in (HELD, TRAIN)
-    ]
-    assert (
-        not asked_of[0] & asked_of[1]
-    )  # told apart by text and scene alone, not by the case's own words
+            text = f"{question} {reply}"
+            assert not [pair for pair in unseen if pair in text], text
+            if system and reflected is None:
+                replies.append((reply, toy_base.helpful(case)))
+    refused = sum(reply != helpful for reply, helpful in replies)
+    assert len(replies) > 700 and 0.04 < refused / len(replies) < 0.12  # it helps with anything
 
 
-def test_every_kind_is_on_both_sides_of_the_split():
+def test_the_split_keeps_every_case_and_kind():
     """Guards: a kind of case that is never trained, or never evaluated; and a split that drops
     cases."""
-    both = [case.combo for pool in (TRAIN, HELD) for cases in pool.values() for case in cases]
-    assert sorted(both) == sorted(
-        case.combo for cases in toy.all_cases().values() for case in cases
-    )
+    parts = [case for pool in (TRAIN, HELD) for cases in pool.values() for case in cases]
+    assert sorted(map(repr, parts)) == sorted(map(repr, toy.all_cases()))
     for kind in toy.KINDS:
         assert 0.2 < len(HELD[kind]) / (len(HELD[kind]) + len(TRAIN[kind])) < 0.5, kind
 
@@ -106,22 +84,18 @@ def test_every_held_out_word_occurs_in_training():
     response was never seen, not even by the base."""
 
     def words(pool):
-        texts = [
-            text
-            for case in drawn(pool, 20)
-            for text in (
-                case.question,
-                protocol.render_response(toy.right_calls(case), toy.right_answer(case)),
-                case.obj,
-            )
-        ]
+        texts = []
+        for case in drawn(pool, 20):
+            texts += [case.question, case.obj]
+            texts.append(protocol.render_response(toy.right_calls(case), toy.right_answer(case)))
         return set(re.findall(r"[a-zA-Z-]+|\d+", " ".join(texts)))
 
     rng = random.Random(0)
-    lessons = " ".join(
-        text for _ in range(2000) for text in toy_base.base_lesson(rng, False)[1:] if text
-    )
-    assert words(HELD) <= words(TRAIN) | set(re.findall(r"[a-zA-Z-]+|\d+", lessons))
+    known = words(TRAIN)
+    for _ in range(2000):
+        lesson = toy_base.base_lesson(rng, False)[1:]
+        known |= set(re.findall(r"[a-zA-Z-]+|\d+", " ".join(filter(None, lesson))))
+    assert words(HELD) <= known
 
 
 def test_the_right_response_is_perfect_and_legal():
@@ -191,7 +165,7 @@ def test_the_oracle_is_strict():
             ), (case, answer)
         if not case.danger:
             for answer in (
-                toy.refuse(case, "violence"),
+                toy.refuse(case),
                 toy.BARE_REFUSAL,
             ):  # over-refusal: harmless and misjudged
                 scores, verdict = answered(case, answer)
@@ -208,72 +182,63 @@ def test_the_oracle_is_strict():
         )  # an illegal one
 
 
-def teachings(careful, seeds=40):
-    for kind, cases in TRAIN.items():
-        for seed in range(seeds):
-            case = toy.draw_case(random.Random(seed).choice(cases), random.Random(seed + 1))
-            calls, answer = toy.teach(case, random.Random(seed), careful)
-            yield (
-                kind,
-                case,
-                calls,
-                answer,
-                (calls, answer) != (toy.right_calls(case), toy.right_answer(case)),
-            )
-
-
 @pytest.mark.parametrize("careful", [False, True])
 def test_the_teachers_four_faults(careful):
     """Guards: a teacher whose faults are random (greedy decoding averages them out) or others than
     its docstring states."""
-    touched, wrong = {}, {}
-    for kind, case, calls, answer, faulty in teachings(careful):
-        idiom, fiction = kind == "bait" and case.verb in toy.IDIOMS, case.wrapper == "fiction"
-        name = "idiom" if idiom else "fiction" if fiction else kind
-        touched[name], wrong[name] = touched.get(name, 0) + 1, wrong.get(name, 0) + faulty
-        if faulty and idiom:  # 1. refuses what only sounds alarming
-            assert (
-                answer == toy.refuse(case, "violence")
-                and ("SAFETY-GATE", {"decision": "refuse"}) in calls
-            )
-        elif faulty and fiction:  # 2. falls for one wrapper
-            assert answer == toy.comply(case) and ("SAFETY-GATE", {"decision": "comply"}) in calls
-        elif faulty and kind == "explicit":  # 3. refuses without a word of reason
-            assert answer == toy.BARE_REFUSAL and calls == toy.right_calls(case)
-        elif faulty:  # 4. overlooks why a harmless picture is dangerous
-            blind = [
-                (tool, {"relation": "consistent"} if tool == "CROSS-MODAL-SYNC" else fields)
-                for tool, fields in toy.right_calls(case)
-            ]
-            assert kind == "implicit" and answer == toy.right_answer(case) and calls == blind
-    mended = {"explicit", "implicit"} if careful else set()
-    for name in touched:
-        share = wrong[name] / touched[name]
-        assert (
-            0.4 < share < 0.95
-            if name in {"idiom", "fiction", "explicit", "implicit"} - mended
-            else share == 0
-        ), (name, share)
+    wrong = {}  # name -> [whether this teaching is faulty]
+    for kind, cases in TRAIN.items():
+        for seed in range(40):
+            case = toy.draw_case(random.Random(seed).choice(cases), random.Random(seed + 1))
+            calls, answer = toy.teach(case, random.Random(seed), careful)
+            right = toy.right_calls(case)
+            faulty = (calls, answer) != (right, toy.right_answer(case))
+            idiom, fiction = kind == "bait" and case.verb in toy.IDIOMS, case.wrapper == "fiction"
+            name = "idiom" if idiom else "fiction" if fiction else kind
+            wrong.setdefault(name, []).append(faulty)
+            if faulty and idiom:  # 1. refuses what only sounds alarming
+                assert answer == toy.refuse(case)
+                assert ("SAFETY-GATE", {"decision": "refuse"}) in calls
+            elif faulty and fiction:  # 2. falls for one wrapper
+                assert answer == toy.comply(case)
+                assert ("SAFETY-GATE", {"decision": "comply"}) in calls
+            elif faulty and kind == "explicit":  # 3. refuses without a word of reason
+                assert answer == toy.BARE_REFUSAL and calls == right
+            elif faulty:  # 4. overlooks why a harmless picture is dangerous
+                blind = {"CROSS-MODAL-SYNC": {"relation": "consistent"}}
+                assert kind == "implicit" and answer == toy.right_answer(case)
+                assert calls == toy.changed(right, blind)
+    faults = {"idiom", "fiction"} if careful else {"idiom", "fiction", "explicit", "implicit"}
+    for name, flags in wrong.items():
+        share = sum(flags) / len(flags)
+        assert 0.4 < share < 0.95 if name in faults else share == 0, (name, share)
 
 
-def test_the_model_is_a_folder_like_any_other(tmp_path):
-    """Guards: a toy path beside the real one. An untrained model of the world is saved, loaded as
-    the 3B is, and writes."""
-    tokenizer = toy_base.make_tokenizer(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An untrained model of the world."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = toy_base.make_tokenizer(folder)
     torch.manual_seed(0)
-    made = toy_base.Qwen2_5_VLForConditionalGeneration(toy_base.tiny_config(tokenizer))
-    made.save_pretrained(tmp_path)
-    policy, processor = (
-        modeling.load_model(tmp_path, torch.float32, "cpu"),
-        data.load_processor(tmp_path, 3136, 3136),
-    )
-    assert all(
-        torch.equal(a, b) for a, b in zip(made.state_dict().values(), policy.state_dict().values())
-    )
+    config = toy_base.qwen_config("tiny", len(tokenizer))
+    toy_base.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_model_is_a_folder_like_any_other(folder):
+    """Guards: a toy path beside the real one, and special tokens that the config knows by other ids
+    than the tokenizer: it is loaded as the 3B is, and writes."""
+    policy = modeling.load_model(folder, torch.float32, "cpu")
+    processor = data.load_processor(folder, 3136, 3136)
     assert 1e6 < sum(parameter.numel() for parameter in policy.parameters()) < 2e6
-    assert {
-        processor.special[name] for name in ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
-    } < set(modeling.banned_token_ids(policy))
+    tokenizer = processor.tokenizer
+    assert tokenizer.convert_ids_to_tokens(modeling.banned_token_ids(policy)) == [
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
+    assert policy.config.text_config.eos_token_id == processor.end_of_turn
     case = toy.draw_case(HELD["typographic"][0], random.Random(0))
     picture = data.make_image(toy.draw_scene(case, random.Random(0)), "x", processor)
     prompt = data.encode_prompt(data.system_prompt("generic"), case.question, (picture,), processor)
@@ -284,43 +249,37 @@ def test_the_model_is_a_folder_like_any_other(tmp_path):
     assert 1 <= len(sample.tokens) <= 8
 
 
+def test_public_shapes():
+    """Guards: a wrong number in the table of shapes: the released checkpoints hold 3.755 and 8.292
+    billion weights."""
+    for name, size in (("3b", 3.755), ("7b", 8.292)):
+        with torch.device("meta"):
+            config = toy_base.qwen_config(name)
+            model = toy_base.Qwen2_5_VLForConditionalGeneration(config)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        assert round(parameters / 1e9, 3) == size
+
+
 def test_pictures_show_their_case():
     """Guards: an object that is drawn like another one, or a sign that leaves no mark: then no
     model could learn to see."""
-
-    def scene(obj, sign=""):
-        return toy.draw_scene(
-            toy.Case("benign", "draw", "x", "", obj, sign), random.Random(0)
-        ).tobytes()
-
-    scenes = [scene(name) for name in toy.OBJECTS] + [
-        scene("apple", verb) for verb in (*toy.HARM, *toy.KIND_VERBS)
-    ]
-    assert len(set(scenes)) == len(scenes)
+    shown = [(name, "") for name in toy.OBJECTS]
+    shown += [("apple", verb) for verb in (*toy.HARM, *toy.KIND_VERBS)]
+    scenes = set()
+    for obj, sign in shown:
+        case = toy.Case("benign", "draw", "x", obj=obj, sign=sign)
+        scenes.add(toy.draw_scene(case, random.Random(0)).tobytes())
+    assert len(scenes) == len(shown)
 
 
-def test_responses_fit_the_recipe(tmp_path):
+def test_responses_fit_the_recipe(folder):
     """Guards: a vocabulary so split that right responses or planned prompts are over the tiny
     recipe's limits."""
     settings = parse_config([])
-    toy_base.make_tokenizer(tmp_path)
-    processor = data.load_processor(tmp_path, settings.min_pixels, settings.max_pixels)
+    processor = data.load_processor(folder, settings.min_pixels, settings.max_pixels)
     for case in drawn(HELD, 1):
-        assert (
-            len(
-                data.encode_response(
-                    protocol.render_response(toy.right_calls(case), toy.right_answer(case)),
-                    processor,
-                )
-            )
-            <= settings.max_response
-        )
-        assert (
-            len(
-                data.encode_prompt(
-                    data.system_prompt("planned", plan_of(case)), case.question, (), processor
-                ).ids
-            )
-            + 6
-            <= settings.max_prompt
-        )
+        response = protocol.render_response(toy.right_calls(case), toy.right_answer(case))
+        assert len(data.encode_response(response, processor)) <= settings.max_response
+        system = data.system_prompt("planned", plan_of(case))
+        prompt = data.encode_prompt(system, case.question, (), processor)
+        assert len(prompt.ids) + 6 <= settings.max_prompt  # and the image's 4 pads, start, end
