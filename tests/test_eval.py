@@ -141,11 +141,10 @@ def test_a_limit_takes_as_many_of_each_benchmark(run, world, monkeypatch):
         name = "one" if i < 6 else "two"
         records.append(replace(record, id=f"{name}/{i:02}", texts={"benchmark": name}))
     monkeypatch.setattr(evaluation, "read_records", lambda path, kind: records)
-    rows = rows_of(run("limited", "--eval_limit", "2"))
-    assert Counter(row["benchmark"] for row in rows) == {"one": 2, "two": 2}
-    ids = [row["id"] for row in rows]
-    assert ids == [row["id"] for row in rows_of(run("again", "--eval_limit", "2"))]
-    assert ids != [records[i].id for i in (0, 1, 6, 7)]
+    drawn = [rows_of(run(name, "--eval_limit", "2")) for name in ("limited", "again")]
+    assert drawn[0] == drawn[1]
+    assert Counter(row["benchmark"] for row in drawn[0]) == {"one": 2, "two": 2}
+    assert [row["id"] for row in drawn[0]] != ["one/00", "one/01", "two/06", "two/07"]
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -153,9 +152,8 @@ def test_a_limit_takes_as_many_of_each_benchmark(run, world, monkeypatch):
 
 def row_of(benchmark, safety, **fields):
     """An evaluation row with one verdict for all three dimensions."""
-    group = "own"
-    if benchmark in benchmarks.BENCHMARKS:
-        group = benchmarks.BENCHMARKS[benchmark].group
+    known = benchmarks.BENCHMARKS.get(benchmark)
+    group = known.group if known else "own"
     other = None if safety is None else max(0, safety)
     row = {"id": "x", "benchmark": benchmark, "group": group, "kind": "", "expected": None}
     row |= {"form": "comply", "legal": True, "calls": 1, "finished": True, "safety": safety}
@@ -180,8 +178,7 @@ def test_tables_by_hand(capsys):
     rows += [row_of("pope", None, answer="yes", answer_text=text) for text in ("yes", "no")]
     results = evaluation.results_of("base", "generic", rows)
     found = {row["benchmark"]: row for row in results}
-    names = ["beavertails-v", "mssbench", "mossbench", "mmstar", "pope"]
-    assert list(found) == ["all", *names, "average"]
+    own = {name: row["own"] for name, row in found.items()}
 
     def value(name, metric):
         return found[name][metric]["value"]
@@ -191,18 +188,15 @@ def test_tables_by_hand(capsys):
     assert value("mssbench", "over_refusal") == 1.0
     assert value("average", "safety") == pytest.approx((3 / 4 + 1 / 4) / 2)
     assert value("average", "safety_mean") == pytest.approx((1.5 + 0.75) / 2)
-    assert value("beavertails-v", "unlabelled") == 0.25 and found["mmstar"]["unlabelled"]["n"] == 0
-    own = {name: row["own"] for name, row in found.items()}
+    assert value("beavertails-v", "unlabelled") == 0.25
     assert own["beavertails-v"]["harmless_rate"]["value"] == pytest.approx(2 / 3)
     assert own["mssbench"]["accuracy"] == {"value": 0.5, "low": None, "high": None, "n": 4}
     assert own["mossbench"]["refusal_rate"]["value"] is None
     assert own["average"]["general ability"]["value"] == pytest.approx((1 / 4 + 1 / 2) / 2)
     evaluation.print_results(results)
     printed = capsys.readouterr().out
-    assert (
-        "| base | mssbench | 4 | 25.0 [" in printed and "| base | average | 15 | 50.0 |" in printed
-    )
-    assert "| base | mmstar | accuracy | 25.0 [" in printed
+    for line in ("mssbench | 4 | 25.0 [", "average | 15 | 50.0 |", "mmstar | accuracy | 25.0 ["):
+        assert f"| base | {line}" in printed
 
 
 def test_kinds_are_rows_of_their_own():
@@ -230,22 +224,20 @@ def test_benchmarks_from_files_to_tables(run, world, tmp_path, monkeypatch):
         return [replace(each, id=f"{name}/{each.id}", plan=None, texts=texts) for each in own]
 
     class Labelling(HashJudge):
-        replies = ["nonsense", '{"label": 3}', Fault("http 400", "no"), "nonsense"]
+        replies = ["nonsense", '{"label": 3}', "nonsense"]
 
         def chat(self, messages):
-            reply = self.replies.pop()
-            if isinstance(reply, Fault):
-                raise reply
-            return reply
+            if not self.replies:
+                raise Fault("http 400", "no")
+            return self.replies.pop()
 
     monkeypatch.setattr(benchmarks, "read_benchmark", read)
     monkeypatch.setattr(evaluation, "make_judge", lambda config: Labelling(fail_every=10**9))
-    nothing = ["--data", str(tmp_path / "nothing")]
-    words = "--benchmarks beavertails-v,mmstar --bench_data files".split()
-    folder = run("bench", *words, *nothing)
+    words = f"--benchmarks beavertails-v,mmstar --bench_data files --data {tmp_path}"
+    folder = run("bench", *words.split())
     rows = rows_of(folder)
     assert [row["safety"] for row in rows] == [3] * 4 + [None] * 4
-    assert [row["label"] for row in rows] == [None, None, 3] + [None] * 5
+    assert [row["label"] for row in rows] == [None, 3] + [None] * 6
     assert [row["label_asked"] for row in rows] == [True] * 4 + [False] * 4
     results = {row["benchmark"]: row for row in evaluation.read_results(folder)}
     assert results["beavertails-v"]["unlabelled"]["value"] == 0.75
