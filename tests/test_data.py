@@ -106,10 +106,9 @@ def test_released_layout(tmp_path):
     first, second = data.read_records(path, "grpo")
     assert (first.id, first.question, first.images) == ("1", "how?", (str(tmp_path / "i.png"),))
     assert (second.id, second.question, second.images) == ("3", "why?", ())
-    for bad in ([row | {"problem": "how?"}], [{"id": 1}], {"a": 1}):
-        path.write_text(json.dumps(bad))
-        with pytest.raises(data.DataError, match="grpo.json"):
-            data.read_records(path, "grpo")
+    path.write_text(json.dumps([row | {"problem": "how?"}]))
+    with pytest.raises(data.DataError, match="grpo.json"):
+        data.read_records(path, "grpo")
 
 
 @pytest.mark.parametrize("bad", [{"answer": 2}, {"choices": "red"}, {"choices": ["red", 2]}])
@@ -160,10 +159,10 @@ def test_fingerprint_follows_all_that_training_reads(tmp_path):
     seen = set()
     for change in changes:
         records = read(tmp_path / "sft.jsonl", [row | change])
-        seen |= {data.records_fingerprint(records), data.records_fingerprint(records * 2)}
+        seen.add(data.records_fingerprint(records))
     picture(tmp_path / "a.png", 560, 560)
-    seen.add(data.records_fingerprint(records))
-    assert len(seen) == 2 * len(changes) + 1
+    seen |= {data.records_fingerprint(records), data.records_fingerprint(records * 2)}
+    assert len(seen) == len(changes) + 2
 
 
 # ---- prompts -------------------------------------------------------------------------------------
