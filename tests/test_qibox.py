@@ -31,19 +31,6 @@ def test_quality_and_instability_by_hand():
     assert qibox.instability(scores) == pytest.approx(together)
 
 
-def test_the_box_includes_its_borders():
-    """Guards: a strict comparison, and a border that is missed because 0.1 + 0.2 is not 0.3."""
-    bounds = (0.1 + 0.2, 0.7, 0.1 + 0.2)
-    points = {
-        (0.3, 0.5): "in the box",
-        (0.7, 0.3): "in the box",
-        (0.299, 0.5): "below the band",
-        (0.701, 0.5): "above the band",
-        (0.5, 0.299): "too stable",
-    }
-    assert {point: qibox.place(*point, bounds) for point in points} == points
-
-
 # ---- copies --------------------------------------------------------------------------------------
 
 
@@ -126,7 +113,7 @@ def test_box_by_hand():
     """Q 0, .2, .4, .6, 1 and U 0, .1, .2, .3, .5 in another order. Linear interpolation: the
     0.1-quantile lies 0.4 of the way to the second. Two records more are dropped or without score.
     Guards: nearest-rank quantiles, quantiles of the wrong axis or of dropped records, records that
-    vanish between the counts."""
+    vanish between the counts, a strict comparison at a bound."""
     points = [(0.0, 0.5), (0.2, 0.1), (0.4, 0.2), (0.6, 0.3), (1.0, 0.0), (0.9, 0.4), None]
     rows, bounds = curated(points, {"r5": "duplicate"}, *box(0.1, 0.75, 0.5))
     assert bounds == pytest.approx((0.08, 0.6, 0.2))
