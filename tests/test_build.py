@@ -132,8 +132,7 @@ def test_each_perturbation_does_what_its_name_says(kind):
         scores = oracle_scores(case, response)
         if kind in certain:
             assert kinds & certain[kind]
-        else:  # legal perhaps, but false
-            assert "contradiction" in kinds or kinds & walk or scores.tool_quality < 10
+        assert kinds or scores.tool_quality < 10  # legal perhaps, but false
         assert broken[1] == (wrong if kind == "wrong-decision" else answer)
         assert kind != "wrong-decision" or scores.task_success <= 2
     assert seen > 100
