@@ -173,16 +173,16 @@ def test_guard_refuses_other_settings_and_inputs(tmp_path, monkeypatch):
     guard(tmp_path, parse_config(["--out", "o"]), "sft", {"records": "1"})
     later = parse_config("--out p --grpo_lr 1e-5 --kl_coef 0 --micro_tokens 64 --resume 0".split())
     guard(tmp_path, later, "sft", {"records": "1"})  # SFT does not depend on these
-    for step in ("grpo", "eval"):
-        with pytest.raises(ConfigError, match="grpo_lr was 0.0007, is 1e-05"):
-            guard(tmp_path, later, step, {})
-    other = parse_config(["--sft_lr", "0.5"])
-    with pytest.raises(ConfigError, match="sft_lr was .*, is 0.5; records was '1', is '2'"):
-        guard(tmp_path, other, "sft", {"records": "2"})
-    for step in ("build", "qibox"):
-        guard(tmp_path, other, step, {})
-        with pytest.raises(ConfigError, match="max_response was"):
-            guard(tmp_path, parse_config(["--max_response", "5"]), step, {})
+    other = parse_config("--sft_lr 0.5 --max_response 5".split())
+    for settings, step, message in (
+        (later, "grpo", "grpo_lr was 0.0007, is 1e-05"),
+        (later, "eval", "grpo_lr was"),
+        (other, "sft", "sft_lr was .*, is 0.5; records was '1', is '2'"),
+        (other, "build", "inputs: max_response was"),  # nor on the learning rate
+        (other, "qibox", "inputs: max_response was"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            guard(tmp_path, settings, step, {"records": "2"} if step == "sft" else {})
     endpoint = parse_config(["--judge", "endpoint"])
     guard(tmp_path / "grpo", endpoint, "grpo", {})
     monkeypatch.setenv("JUDGE_MODEL", "another")
