@@ -262,7 +262,6 @@ UP = "model.language_model.layers.1.mlp.up_proj.B"
     "changes, header, message",
     [
         ({UP: None}, {}, UP),
-        ({"other": torch.zeros(1)}, {}, "'other'"),
         ({UP: torch.zeros(3, 4)}, {}, UP),
         ({}, {"alpha": 99}, "alpha of model"),
     ],
@@ -296,9 +295,6 @@ def test_load_model(tmp_path):
     """Guards weights filled with random numbers: what is loaded is what was saved, frozen; each
     fault has a sentence of its own."""
     folder = tmp_path / "base"
-    refused(folder, "cannot be loaded")
-    folder.mkdir()
-    refused(folder, "no config.json")
     tiny_config().save_pretrained(folder)
     refused(folder, "no .*safetensors")
     model = tiny_model()
