@@ -28,13 +28,6 @@ def test_flags_that_argparse_refuses():
     assert "invalid choice: '4b'" in refused("--recipe", "4b")
 
 
-def test_method_is_the_recipes_form():
-    """Guards: a method that the recipe's name overrules unseen."""
-    for recipe, method, form in (("tiny", "vlm", "tiny-vlm"), ("3b-vlm", "toolkit", "3b")):
-        config = parse_config(["--recipe", recipe, "--method", method, "--out", "x"])
-        assert config == parse_config(["--recipe", form, "--out", "x"]) and config.recipe == form
-
-
 def test_all_bad_values_are_reported_at_once():
     """Guards: one mistake a start, found one after the other."""
     words = (
@@ -74,8 +67,9 @@ def test_real_recipes_hold_the_papers_constants(recipe):
     assert recipe.upper() in got.model
     assert parse_config(["--recipe", recipe, "--grpo_k", "6"]).grpo_k == 6  # a flag goes over it
     vlm = parse_config(["--recipe", f"{recipe}-vlm"])
-    assert vlm == parse_config(["--recipe", recipe, "--method", "vlm"])
     assert vlm.grpo_k == 5 and vlm.stages == "grpo"  # paper
+    assert vlm == parse_config(["--recipe", recipe, "--method", "vlm"])
+    assert got == parse_config(["--recipe", f"{recipe}-vlm", "--method", "toolkit"])
 
 
 def test_folder_differs_with_the_flags():
