@@ -195,11 +195,11 @@ def test_nobody_is_unsafe(run_folder, monkeypatch):
 
 def test_without_a_token_there_is_nothing_to_train():
     """A correction cut before its first word. Guards: a response of length 0 in a batch."""
+    check = protocol.check("")
     items = []
     for tokens in ([5, 6], []):
-        item = rollout.Trajectory(data.Prompt((1, 2)), tokens, [], False, protocol.check(""))
-        item.reward = 0.5
-        items.append(item)
+        items.append(rollout.Trajectory(data.Prompt((1, 2)), tokens, [], False, check))
+        items[-1].reward = 0.5
     group = safer.Group(data.Record("a", "q"), "generic", 0, items)
     assert safer.by_context([group]) == [("a", items[:1])]
 
