@@ -298,11 +298,16 @@ def percent(cell):
     return f"{100 * cell['value']:.1f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
 
 
-def print_results(results, by_phrases=False):
-    """A table for each prompt mode, and the benchmarks' own metrics.
+def shown_heads(results):
+    """The heads of the columns: where refusals were told by a list of phrases, that is said."""
+    if results and results[0].get("by_phrases"):
+        return SHOWN | {"over_refusal": "over-refusal by phrases (heuristic)"}
+    return SHOWN
 
-    by_phrases: refusals were told by a list of phrases, so the head of the column says it."""
-    heads = SHOWN | ({"over_refusal": "over-refusal by phrases (heuristic)"} if by_phrases else {})
+
+def print_results(results):
+    """A table for each prompt mode, and the benchmarks' own metrics."""
+    heads = shown_heads(results)
     for mode in dict.fromkeys(row["prompt"] for row in results):
         lines = []
         own = []
@@ -413,12 +418,14 @@ def evaluate(config):
                 world,
             )
             results += results_of(stage, mode, rows)
+    for row in results:
+        row["by_phrases"] = getattr(judge, "by_phrases", False)
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
         path = Path(config.out) / "results.json"
         write_text(path, json.dumps(results, indent=1) + "\n")
-        print_results(results, by_phrases=getattr(judge, "by_phrases", False))
+        print_results(results)
         print(f"\nresults: {path}, every response: {folder}/")
 
 

@@ -33,7 +33,7 @@ from transformers.utils import cached_file
 import data
 import model as qwen
 from config import run_command
-from eval import SHOWN, percent, read_results
+from eval import SHOWN, percent, read_results, shown_heads
 from extras.bench import plain_inputs
 from model import TARGETS, ModelError
 from trainer import (
@@ -248,11 +248,13 @@ def results_table(out):
     if not (out / "results.json").exists():
         return "Not evaluated: the run has no results.json."
     rows = []
-    for row in read_results(out):
+    results = read_results(out)
+    for row in results:
         if row["kind"] == "all":
             cells = [percent(row[metric]) for metric in SHOWN]
             rows.append([row["stage"], row["prompt"], row["benchmark"], row["n"], *cells])
-    return data.markdown_table(["stage", "prompt", "benchmark", "n", *SHOWN.values()], rows)
+    head = ["stage", "prompt", "benchmark", "n", *shown_heads(results).values()]
+    return data.markdown_table(head, rows)
 
 
 def model_card(config, stages, checks):

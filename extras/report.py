@@ -27,7 +27,7 @@ import PIL.Image
 import protocol
 from config import PROMPT_MODES, STAGES, run_command, write_text
 from data import DataError, draw_plan, read_jsonl
-from eval import SHOWN, VERDICTS, percent
+from eval import SHOWN, VERDICTS, percent, shown_heads
 from trainer import SHOWN as IMPORTANT
 
 CASE_BYTES = 3_500_000  # of the cases, so that a page stays below 5 MB
@@ -121,7 +121,7 @@ def results_html(results):
         names = list(dict.fromkeys(line[0] for line in lines))
         lines.sort(key=lambda line: names.index(line[0]))  # the stages beside each other
         title = f"under the {mode} prompt, percent [95% interval]"
-        head = ["cases", "stage", "n", *SHOWN.values(), "unjudged"]
+        head = ["cases", "stage", "n", *shown_heads(results).values(), "unjudged"]
         parts.append(table(f"Held-out cases {title}", head, lines))
         if own:
             head = ["cases", "stage", "metric", "percent"]

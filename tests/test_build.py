@@ -33,7 +33,7 @@ def plan_of(row):
 
 
 def files(folder):
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
@@ -91,52 +91,25 @@ def test_rebuilding_gives_the_same_bytes(folder, tmp_path):
     assert same == {name for name in mine if "eval" in name}
 
 
-def test_about_three_pairs_an_item_each_really_worse(folder):
+def test_about_three_pairs_an_item_each_worse_as_it_is_named(folder):
     """Guards: a rejected response that is as good as the chosen one (DPO then learns noise), or a
-    chosen one with a fault."""
+    chosen one with a fault; a perturbation that breaks another thing than it is named for."""
+    walk = {"illegal-transition", "bad-start", "bad-end"}
+    certain = {"wrong-tool": {"outside-plan"}, "broken-order": walk}
+    certain["dropped-tier"] = {"missing-tier"} | walk
     pairs = rows(folder, "dpo")
     items = {row["id"].removesuffix("-" + row["perturbation"]) for row in pairs}
     assert 2.5 < len(pairs) / len(items) <= 4
     assert {row["perturbation"] for row in pairs} == {*build.PERTURBATIONS, "first-pass"}
     for row in pairs:
-        chosen, rejected = reward_totals(row, toy.case_of(row["meta"]))
-        assert chosen == 1.0 and rejected < 1.0, (row["id"], chosen, rejected)
-
-
-# ---- perturbations -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", build.PERTURBATIONS)
-def test_each_perturbation_does_what_its_name_says(kind):
-    """Guards: a perturbation that breaks nothing, breaks another thing than it is named for, or
-    changes what it was given."""
-    walk = {"illegal-transition", "bad-start", "bad-end"}
-    certain = {"wrong-tool": {"outside-plan"}, "broken-order": walk}
-    certain["dropped-tier"] = {"missing-tier"} | walk
-    rng = random.Random(0)
-    pool = sum(toy.split_cases()[0].values(), [])
-    seen = 0
-    for _ in range(150):
-        case, other = (toy.draw_case(rng.choice(pool), rng) for _ in range(2))
-        plan, _ = build.plan_by_rules(toy.signals(case))
-        calls, answer = toy.right_calls(case), toy.right_answer(case)
-        before = repr(calls)
-        wrong = toy.comply(case) if case.danger else toy.BARE_REFUSAL
-        broken = build.perturb(kind, calls, answer, plan, wrong, toy.right_calls(other), rng)
-        assert repr(calls) == before
-        if broken is None:
-            continue
-        seen += 1
-        response = protocol.render_response(*broken)
-        kinds = {fault.kind for fault in protocol.check(response, plan).violations}
-        scores = oracle_scores(case, response)
-        if kind in certain:
-            assert kinds & certain[kind]
-        else:  # legal perhaps, but false
-            assert "contradiction" in kinds or kinds & walk or scores.tool_quality < 10
-        assert broken[1] == (wrong if kind == "wrong-decision" else answer)
-        assert kind != "wrong-decision" or scores.task_success <= 2
-    assert seen > 100
+        totals = reward_totals(row, toy.case_of(row["meta"]))
+        assert totals[0] == 1.0 and totals[1] < 1.0, (row["id"], totals)
+        kind = row["perturbation"]
+        good, bad = (protocol.check(row[side], plan_of(row)) for side in ("chosen", "rejected"))
+        found = {fault.kind for fault in bad.violations}
+        assert kind not in certain or found & certain[kind], (row["id"], found)
+        changed = kind == "wrong-decision"
+        assert kind == "first-pass" or (good.answer != bad.answer) == changed, row["id"]
 
 
 # ---- real data: a scripted teacher and judge in the place of a server ----------------------------

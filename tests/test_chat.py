@@ -60,7 +60,7 @@ def test_the_checker_and_the_terminal(run_folder, monkeypatch, capsys):
 
     def written(model, *rest):
         processor = data.load_processor(run_folder / "base", 3136, 3136)
-        return [[rollout.Sample(data.encode_response(TRACE, processor), [], True)]]
+        yield 0, 0, rollout.Sample(data.encode_response(TRACE, processor), [], True)
 
     monkeypatch.setattr(rollout, "sample", written)
     out = talk(monkeypatch, capsys, [], run_folder)

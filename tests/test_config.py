@@ -39,13 +39,6 @@ def test_flags_that_argparse_refuses():
     assert "invalid choice: '4b'" in refused("--recipe", "4b")
 
 
-def test_method_is_the_recipes_form():
-    """Guards: a method that the recipe's name overrules unseen."""
-    for recipe, method, form in (("tiny", "vlm", "tiny-vlm"), ("3b-vlm", "toolkit", "3b")):
-        config = parse_config(["--recipe", recipe, "--method", method, "--out", "x"])
-        assert config == parse_config(["--recipe", form, "--out", "x"]) and config.recipe == form
-
-
 def test_all_bad_values_are_reported_at_once():
     """Guards: one mistake a start, found one after the other."""
     words = (
@@ -98,8 +91,9 @@ def test_real_recipes_hold_the_papers_constants(recipe):
     assert recipe.upper() in got.model
     assert parse_config(["--recipe", recipe, "--grpo_k", "6"]).grpo_k == 6  # a flag goes over it
     vlm = parse_config(["--recipe", f"{recipe}-vlm"])
-    assert vlm == parse_config(["--recipe", recipe, "--method", "vlm"])
     assert vlm.grpo_k == 5 and vlm.stages == "grpo"  # paper
+    assert vlm == parse_config(["--recipe", recipe, "--method", "vlm"])
+    assert got == parse_config(["--recipe", f"{recipe}-vlm", "--method", "toolkit"])
 
 
 def test_folder_differs_with_the_flags():
@@ -197,16 +191,16 @@ def test_guard_refuses_other_settings_and_inputs(tmp_path, monkeypatch):
     guard(tmp_path, parse_config(["--out", "o"]), "sft", {"records": "1"})
     later = parse_config("--out p --grpo_lr 1e-5 --kl_coef 0 --micro_tokens 64 --resume 0".split())
     guard(tmp_path, later, "sft", {"records": "1"})  # SFT does not depend on these
-    for step in ("grpo", "eval"):
-        with pytest.raises(ConfigError, match="grpo_lr was 0.0007, is 1e-05"):
-            guard(tmp_path, later, step, {})
-    other = parse_config(["--sft_lr", "0.5"])
-    with pytest.raises(ConfigError, match="sft_lr was .*, is 0.5; records was '1', is '2'"):
-        guard(tmp_path, other, "sft", {"records": "2"})
-    for step in ("build", "qibox"):
-        guard(tmp_path, other, step, {})
-        with pytest.raises(ConfigError, match="max_response was"):
-            guard(tmp_path, parse_config(["--max_response", "5"]), step, {})
+    other = parse_config("--sft_lr 0.5 --max_response 5".split())
+    for settings, step, message in (
+        (later, "grpo", "grpo_lr was 0.0007, is 1e-05"),
+        (later, "eval", "grpo_lr was"),
+        (other, "sft", "sft_lr was .*, is 0.5; records was '1', is '2'"),
+        (other, "build", "inputs: max_response was"),  # nor on the learning rate
+        (other, "qibox", "inputs: max_response was"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            guard(tmp_path, settings, step, {"records": "2"} if step == "sft" else {})
     endpoint = parse_config(["--judge", "endpoint"])
     guard(tmp_path / "grpo", endpoint, "grpo", {})
     monkeypatch.setenv("JUDGE_MODEL", "another")

@@ -106,10 +106,9 @@ def test_released_layout(tmp_path):
     first, second = data.read_records(path, "grpo")
     assert (first.id, first.question, first.images) == ("1", "how?", (str(tmp_path / "i.png"),))
     assert (second.id, second.question, second.images) == ("3", "why?", ())
-    for bad in ([row | {"problem": "how?"}], [{"id": 1}], {"a": 1}):
-        path.write_text(json.dumps(bad))
-        with pytest.raises(data.DataError, match="grpo.json"):
-            data.read_records(path, "grpo")
+    path.write_text(json.dumps([row | {"problem": "how?"}]))
+    with pytest.raises(data.DataError, match="grpo.json"):
+        data.read_records(path, "grpo")
 
 
 @pytest.mark.parametrize("bad", [{"answer": 2}, {"choices": "red"}, {"choices": ["red", 2]}])
@@ -123,22 +122,12 @@ def test_optional_fields(tmp_path, bad):
         read(tmp_path / "eval.jsonl", [row | bad])
 
 
-def test_lines_survive_what_a_text_holds(tmp_path):
-    """Guards: str.splitlines, which cuts a record at U+2028 or U+0085; half a file left by a row
-    that cannot be written."""
-    row = {"id": "a", "question": "one\u2028two\u0085three\x0cfour", "response": "é\u2029s"}
-    path = tmp_path / "new" / "sft.jsonl"
-    data.write_jsonl(path, [row])
-    with pytest.raises(TypeError):
-        data.write_jsonl(path, [row, {"a": object()}])
-    assert data.read_jsonl(path) == [row] and "é" in path.read_text(encoding="utf-8")
-
-
 def test_a_half_last_line_is_cut(tmp_path):
-    """Guards: a row glued to the half row that a kill left, which loses both."""
+    """Guards: a row glued to the half row that a kill left, which loses both; str.splitlines, which
+    cuts a record at U+2028 or U+0085."""
     path = tmp_path / "new" / "work.jsonl"
     assert data.resume_jsonl(path) == []
-    rows = [{"id": 1}, {"id": 2}]
+    rows = [{"id": 1, "text": "one\u2028two\u0085three\x0cfour é"}, {"id": 2}]
     data.append_jsonl(path, rows)
     for half in (b'{"id": 3, "te', b'{"id": 3}', '{"a": "é'.encode()[:-1]):
         with open(path, "ab") as file:
@@ -160,10 +149,10 @@ def test_fingerprint_follows_all_that_training_reads(tmp_path):
     seen = set()
     for change in changes:
         records = read(tmp_path / "sft.jsonl", [row | change])
-        seen |= {data.records_fingerprint(records), data.records_fingerprint(records * 2)}
+        seen.add(data.records_fingerprint(records))
     picture(tmp_path / "a.png", 560, 560)
-    seen.add(data.records_fingerprint(records))
-    assert len(seen) == 2 * len(changes) + 1
+    seen |= {data.records_fingerprint(records), data.records_fingerprint(records * 2)}
+    assert len(seen) == len(changes) + 2
 
 
 # ---- prompts -------------------------------------------------------------------------------------

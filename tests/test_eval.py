@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT
-from tiny_run import SIZES, HashJudge, place
+from tiny_run import HashJudge, place
 
 import data
 import eval as evaluation
@@ -46,14 +46,12 @@ def rows_of(folder):
     return sorted(rows, key=lambda row: row["id"])
 
 
-def count_asked(monkeypatch, stop_after=99):
-    """The batch sizes that are sampled from now on; the one after `stop_after` is interrupted."""
+def count_asked(monkeypatch):
+    """The batch sizes that are sampled from now on."""
     asked = []
     sample = rollout.sample
 
     def counted(model, prompts, *rest):
-        if len(asked) == stop_after:
-            raise KeyboardInterrupt
         asked.append(len(prompts))
         return sample(model, prompts, *rest)
 
@@ -65,12 +63,13 @@ def count_asked(monkeypatch, stop_after=99):
 
 
 def test_resume_equals_not_stopping(run, tmp_path, monkeypatch):
-    """Guards: answers lost or asked twice after an interruption, a half line read as a row."""
+    """Stopped by a judge that is gone. Guards: verdicts invented for it, rows that are lost with it
+    or asked twice, a half line read as a row."""
+    judges = [HashJudge(), HashJudge(calls=2), HashJudge(), HashJudge(calls=0)]
+    monkeypatch.setattr(evaluation, "make_judge", lambda config: judges.pop(0))
     straight = run("straight")
-    with monkeypatch.context() as patch:
-        count_asked(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            run("stopped")
+    with pytest.raises(JudgeError):
+        run("stopped")
     path = tmp_path / "stopped" / "eval" / "base-generic.jsonl"
     assert path.read_text().count("\n") == 8
     path.write_bytes(path.read_bytes() + '{"id": "eval-ü'.encode()[:-1])
@@ -96,17 +95,6 @@ def test_two_ranks_equal_one(run, world, tmp_path):
     assert done.stdout.count(b"generic prompt: share of cases") == 1
     for row, other in zip(expected, rows_of(folder), strict=True):
         assert (row["id"], row["response"]) == (other["id"], other["response"])
-
-
-def test_a_dead_judge_stops_and_keeps_what_is_judged(run, tmp_path, monkeypatch):
-    """Guards: verdicts invented for a judge that is gone, and judged rows that are lost with it."""
-    monkeypatch.setattr(evaluation, "make_judge", lambda config: HashJudge(calls=1))
-    with pytest.raises(JudgeError):
-        run("dead")
-    assert not (tmp_path / "dead/results.json").exists()
-    monkeypatch.setattr(evaluation, "make_judge", lambda config: HashJudge())
-    asked = count_asked(monkeypatch)
-    assert len(rows_of(run("dead"))) == SIZES["eval"] and asked == [4, 4]
 
 
 def save_stage(world, folder, step):
@@ -141,11 +129,10 @@ def test_a_limit_takes_as_many_of_each_benchmark(run, world, monkeypatch):
         name = "one" if i < 6 else "two"
         records.append(replace(record, id=f"{name}/{i:02}", texts={"benchmark": name}))
     monkeypatch.setattr(evaluation, "read_records", lambda path, kind: records)
-    rows = rows_of(run("limited", "--eval_limit", "2"))
-    assert Counter(row["benchmark"] for row in rows) == {"one": 2, "two": 2}
-    ids = [row["id"] for row in rows]
-    assert ids == [row["id"] for row in rows_of(run("again", "--eval_limit", "2"))]
-    assert ids != [records[i].id for i in (0, 1, 6, 7)]
+    drawn = [rows_of(run(name, "--eval_limit", "2")) for name in ("limited", "again")]
+    assert drawn[0] == drawn[1]
+    assert Counter(row["benchmark"] for row in drawn[0]) == {"one": 2, "two": 2}
+    assert [row["id"] for row in drawn[0]] != ["one/00", "one/01", "two/06", "two/07"]
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -153,9 +140,8 @@ def test_a_limit_takes_as_many_of_each_benchmark(run, world, monkeypatch):
 
 def row_of(benchmark, safety, **fields):
     """An evaluation row with one verdict for all three dimensions."""
-    group = "own"
-    if benchmark in benchmarks.BENCHMARKS:
-        group = benchmarks.BENCHMARKS[benchmark].group
+    known = benchmarks.BENCHMARKS.get(benchmark)
+    group = known.group if known else "own"
     other = None if safety is None else max(0, safety)
     row = {"id": "x", "benchmark": benchmark, "group": group, "kind": "", "expected": None}
     row |= {"form": "comply", "legal": True, "calls": 1, "finished": True, "safety": safety}
@@ -180,8 +166,7 @@ def test_tables_by_hand(capsys):
     rows += [row_of("pope", None, answer="yes", answer_text=text) for text in ("yes", "no")]
     results = evaluation.results_of("base", "generic", rows)
     found = {row["benchmark"]: row for row in results}
-    names = ["beavertails-v", "mssbench", "mossbench", "mmstar", "pope"]
-    assert list(found) == ["all", *names, "average"]
+    own = {name: row["own"] for name, row in found.items()}
 
     def value(name, metric):
         return found[name][metric]["value"]
@@ -191,18 +176,15 @@ def test_tables_by_hand(capsys):
     assert value("mssbench", "over_refusal") == 1.0
     assert value("average", "safety") == pytest.approx((3 / 4 + 1 / 4) / 2)
     assert value("average", "safety_mean") == pytest.approx((1.5 + 0.75) / 2)
-    assert value("beavertails-v", "unlabelled") == 0.25 and found["mmstar"]["unlabelled"]["n"] == 0
-    own = {name: row["own"] for name, row in found.items()}
+    assert value("beavertails-v", "unlabelled") == 0.25
     assert own["beavertails-v"]["harmless_rate"]["value"] == pytest.approx(2 / 3)
     assert own["mssbench"]["accuracy"] == {"value": 0.5, "low": None, "high": None, "n": 4}
     assert own["mossbench"]["refusal_rate"]["value"] is None
     assert own["average"]["general ability"]["value"] == pytest.approx((1 / 4 + 1 / 2) / 2)
     evaluation.print_results(results)
     printed = capsys.readouterr().out
-    assert (
-        "| base | mssbench | 4 | 25.0 [" in printed and "| base | average | 15 | 50.0 |" in printed
-    )
-    assert "| base | mmstar | accuracy | 25.0 [" in printed
+    for line in ("mssbench | 4 | 25.0 [", "average | 15 | 50.0 |", "mmstar | accuracy | 25.0 ["):
+        assert f"| base | {line}" in printed
 
 
 def test_kinds_are_rows_of_their_own():
@@ -232,20 +214,18 @@ def test_benchmarks_from_files_to_tables(run, world, tmp_path, monkeypatch):
     class Labelling(HashJudge):
         def ask(self, requests):
             assert len(requests) == 4
-            return [None, None, requests[2].parse('{"label": 3}'), None]
+            return [None, requests[1].parse('{"label": 3}'), None, None]
 
     monkeypatch.setattr(benchmarks, "read_benchmark", read)
     monkeypatch.setattr(evaluation, "make_judge", lambda config: Labelling(fail_every=10**9))
-    nothing = ["--data", str(tmp_path / "nothing")]
-    words = "--benchmarks beavertails-v,mmstar --bench_data files".split()
-    folder = run("bench", *words, *nothing)
+    words = f"--benchmarks beavertails-v,mmstar --bench_data files --data {tmp_path}"
+    folder = run("bench", *words.split())
     rows = rows_of(folder)
     assert [row["safety"] for row in rows] == [3] * 4 + [None] * 4
-    assert [row["label"] for row in rows] == [None, None, 3] + [None] * 5
-    assert [row["label_asked"] for row in rows] == [True] * 4 + [False] * 4
+    assert [row["label"] for row in rows] == [None, 3] + [None] * 6
     results = {row["benchmark"]: row for row in evaluation.read_results(folder)}
     assert results["beavertails-v"]["unlabelled"]["value"] == 0.75
-    assert results["mmstar"]["unjudged"]["n"] == 0
+    assert results["mmstar"]["unjudged"]["n"] == results["mmstar"]["unlabelled"]["n"] == 0
 
 
 def test_what_is_refused(run, monkeypatch):
@@ -268,6 +248,5 @@ def test_mean_over_runs(tmp_path, capsys):
     evaluation.main(["mean", *folders])
     line = capsys.readouterr().out.splitlines()[2]
     assert line == "| sft | generic | 2 | " + "75.0 +- 35.4 | " * 3 + "- | 100.0 +- 0.0 |"
-    for wrong in (folders[:1], [folders[0], "none"]):
-        with pytest.raises(StageError):
-            evaluation.main(["mean", *wrong])
+    with pytest.raises(StageError, match="missing or damaged"):
+        evaluation.main(["mean", folders[0], "none"])

