@@ -15,7 +15,6 @@ import rollout
 import safer
 from extras import toy
 from judge import Case, Grades
-from model import adapters_off
 from reward import structured_reward
 
 VLM = (
