@@ -45,6 +45,7 @@ from rollout import in_order, respond
 from trainer import (
     StageError,
     adapter_path,
+    encode_new,
     join_ranks,
     load_policy,
     lock_folder,
@@ -107,11 +108,14 @@ def load_benchmarks():
 # ---- answers and verdicts ------------------------------------------------------------------------
 
 
-def answer_batch(config, model, processor, records, mode):
-    """Greedy responses to these records under one prompt mode -> (rows, judge.Case of each)."""
+def answer_batch(config, model, processor, records, mode, kept):
+    """Greedy responses to these records under one prompt mode -> (rows, judge.Case of each).
+
+    Args: kept: image features of earlier batches, stages and modes.
+    """
     prompts = [record_prompt(record, mode, processor) for record in records]
     plans = [shown_plan(record, mode) for record in records]
-    features = qwen.encode_images(model, sum([prompt.images for prompt in prompts], ()))
+    features = encode_new(model, prompts, kept)
     seeds = [0] * len(prompts)
     sampled = respond(config, model, processor, prompts, plans, features, 1, 0.0, seeds)
     rows = []
@@ -170,7 +174,7 @@ def judge_batch(judge, records, rows, cases):
         rows[place]["label"] = label
 
 
-def evaluate_rows(config, model, processor, judge, records, mode, path, rank, world):
+def evaluate_rows(config, model, processor, judge, records, mode, path, rank, world, kept):
     """The rows of all records under one prompt mode: those in the file at `path`, and the others
     answered and judged, a share of each batch by every rank, and appended by the first one."""
     rows = {row["id"]: row for row in resume_jsonl(path)}
@@ -178,7 +182,7 @@ def evaluate_rows(config, model, processor, judge, records, mode, path, rank, wo
     size = BATCH * world
     for start in tqdm(range(0, len(left), size), desc=path.stem, disable=rank > 0, leave=False):
         batch = left[start : start + size][rank::world]
-        new, cases = answer_batch(config, model, processor, batch, mode)
+        new, cases = answer_batch(config, model, processor, batch, mode, kept)
         judge_batch(judge, batch, new, cases)
         parts = [new] * world
         if world > 1:
@@ -402,6 +406,7 @@ def evaluate(config):
     if world > 1:
         dist.barrier()  # nobody reads rows before they are known to be of this run
     results = []
+    kept = {}
     for stage in stages:
         if stage != "base":
             merge_stages(config, model, [stage])
@@ -416,6 +421,7 @@ def evaluate(config):
                 folder / f"{stage}-{mode}.jsonl",
                 rank,
                 world,
+                kept,
             )
             results += results_of(stage, mode, rows)
     for row in results:

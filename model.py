@@ -37,6 +37,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from config import write_whole
 
@@ -89,6 +90,8 @@ def load_model(folder, dtype, device):
         raise ModelError(
             f"{folder}: {len(wrong)} tensors are missing or have another shape: {sorted(wrong)[:3]}"
         )
+    for block in model.model.visual.blocks:
+        block.attn.forward = partial(window_attention, block.attn)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -125,22 +128,47 @@ class LoRALinear(nn.Module):
         start = torch.randn(r, base.in_features, generator=generator) / math.sqrt(base.in_features)
         self.A = nn.Parameter(start.to(device))  # (r, in)
         self.B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # (out, r)
-        self.cast = None  # inside cast_adapters: A * scale and B in the weights' dtype
+        self.cast = None  # of the first of maps that share their input, inside cast_adapters
 
     def forward(self, x):
-        """x (..., in) -> (..., out)."""
-        y = self.base(x)
-        if self.off:
-            return y
-        if self.cast is not None:
-            return y + F.linear(F.linear(x, self.cast[0]), self.cast[1])
-        low = F.linear(x, self.A.to(x.dtype)) * self.scale  # (..., r)
-        return y + F.linear(low, self.B.to(x.dtype))
+        """x (..., in) -> (..., out), as transformers' own forward calls it."""
+        (y,) = project(x.flatten(0, -2), self)
+        return y.unflatten(0, x.shape[:-1])
 
     def merged(self):
         """W with the update, (out, in), added in float32 and cast once."""
         weight = self.base.weight
         return (weight.float() + self.scale * (self.B @ self.A)).to(weight.dtype)
+
+
+def scaled_adapters(maps, dtype):
+    """(A of all maps (maps * r, in), scaled, [B^T (r, out) of each]), in a dtype."""
+    a = torch.cat([one.A * one.scale for one in maps])
+    return a.to(dtype), [one.B.to(dtype).t() for one in maps]
+
+
+def project(x, *maps):
+    """The outputs (N, out) of linear maps, LoRALinear or plain, that share their input x (N, in):
+    their products with A are one product. Few kernels a token is what decoding lives on."""
+    if not isinstance(maps[0], LoRALinear):
+        return [one(x) for one in maps]
+    outputs = [one.base(x) for one in maps]
+    if maps[0].off:
+        return outputs
+    a, bs = maps[0].cast or scaled_adapters(maps, x.dtype)
+    lows = F.linear(x, a).chunk(len(maps), dim=1)  # (N, r) each
+    return [torch.addmm(y, low, b) for y, low, b in zip(outputs, lows, bs)]
+
+
+def shared_inputs(layer):
+    """The linear maps of a decoder layer, those that share an input together."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    ]
 
 
 def lora_layers(model):
@@ -193,15 +221,15 @@ def adapters_off(model):
 def cast_adapters(model):
     """Inside the block A and B are cast and scaled once, not at every call: sampling calls often.
     For use without gradients."""
-    layers = lora_layers(model).values()
-    for layer in layers:
-        dtype = layer.base.weight.dtype
-        layer.cast = (layer.A * layer.scale).to(dtype), layer.B.to(dtype)
+    layers = model.model.language_model.layers if lora_layers(model) else []
+    families = [maps for layer in layers for maps in shared_inputs(layer)]
+    for maps in families:
+        maps[0].cast = scaled_adapters(maps, maps[0].base.weight.dtype)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.cast = None
+        for maps in families:
+            maps[0].cast = None
 
 
 @torch.no_grad()
@@ -307,6 +335,26 @@ def micro_batches(groups, token_budget):
 # ---- images --------------------------------------------------------------------------------------
 
 
+def window_attention(attention, hidden_states, cu_seqlens, position_embeddings, **_):
+    """The forward of an attention of the vision tower, x (n, C) -> (n, C), with one call for all
+    windows of a length; transformers makes one for each, thousands for a photograph.
+
+    Args: cu_seqlens: (windows + 1,) where each window begins, and the end.
+    """
+    n = len(hidden_states)
+    parts = attention.qkv(hidden_states).view(n, 3, attention.num_heads, -1)
+    q, k, v = parts.unbind(1)  # (n, H, D) each
+    q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+    lengths = cu_seqlens.diff()
+    out = torch.empty_like(q)
+    for length in lengths.unique().tolist():
+        starts = cu_seqlens[:-1][lengths == length]
+        rows = starts[:, None] + torch.arange(length, device=starts.device)  # (windows, length)
+        qkv = [x[rows].transpose(1, 2) for x in (q, k, v)]  # (windows, H, length, D) each
+        out[rows] = F.scaled_dot_product_attention(*qkv, scale=attention.scaling).transpose(1, 2)
+    return attention.proj(out.view(n, -1))
+
+
 def encode_images(model, images, grad=False):
     """Image features, each distinct image once.
 
@@ -376,14 +424,20 @@ def rope_tables(model, positions, dtype):
     angles = positions[..., None].float() / wavelengths  # (3, N, D / 2)
     sections = angles.split(list(text.rope_parameters["mrope_section"]), dim=-1)
     angles = torch.cat([section[i % 3] for i, section in enumerate(sections)], dim=-1)  # (N, D / 2)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]  # (N, 1, D)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    cos = torch.cat([cos, cos], dim=-1)[:, None]  # (N, 1, D)
+    sin = torch.cat([-sin, sin], dim=-1)[:, None]  # signed: see rotate
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (N, H, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rotary embedding of x (N, H, D): (a, b) -> (a cos - b sin, b cos + a sin) of its halves."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def normalize(norm, x):
+    """RMS norm of x (N, C), in one call."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 # ---- the language model's forward ----------------------------------------------------------------
@@ -394,18 +448,16 @@ def decoder_layer(layer, x, cos, sin, attend, keep=None):
 
     attend: takes q (N, H, D), k and v (N, Hkv, D) and returns (N, H * D).
     """
-    attention = layer.self_attn
+    qkv_maps, o_map, mlp_maps, down_map = shared_inputs(layer)
     heads = (len(x), -1, cos.shape[-1])
-    h = layer.input_layernorm(x)
-    q = rotate(attention.q_proj(h).view(heads), cos, sin)  # (N, H, D)
-    k = rotate(attention.k_proj(h).view(heads), cos, sin)  # (N, Hkv, D)
-    v = attention.v_proj(h).view(heads)  # (N, Hkv, D)
-    out = attend(q, k, v)  # (N, H * D)
+    q, k, v = [y.view(heads) for y in project(normalize(layer.input_layernorm, x), *qkv_maps)]
+    out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (N, H * D)
     if keep is not None:
         x = x.index_select(0, keep)
         out = out.index_select(0, keep)
-    x = x + attention.o_proj(out)
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    x = x + project(out, *o_map)[0]
+    gate, up = project(normalize(layer.post_attention_layernorm, x), *mlp_maps)
+    return x + project(F.silu(gate) * up, *down_map)[0]
 
 
 def run_layers(model, x, positions, attend, checkpoint=False, keep=None):
@@ -427,7 +479,7 @@ def run_layers(model, x, positions, attend, checkpoint=False, keep=None):
             x = recompute(step, x, use_reentrant=False, preserve_rng_state=False)
         else:
             x = step(x)
-    return model.model.language_model.norm(x)
+    return normalize(model.model.language_model.norm, x)
 
 
 @dataclass(frozen=True)

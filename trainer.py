@@ -394,12 +394,18 @@ def token_logprobs(run, groups, features, temperature=1.0, entropy=False):
 
 def encode_images(run, groups):
     """{image key: features} of all images of these groups, each encoded once."""
-    if sum(part.nbytes for part in run.features.values()) > FEATURE_BYTES:
-        run.features = {}
-    images = sum([prompt.images for prompt, _ in groups], ())
-    new = [image for image in images if image.key not in run.features]
-    run.features |= model.encode_images(run.model, new)
-    return run.features
+    return encode_new(run.model, [prompt for prompt, _ in groups], run.features)
+
+
+def encode_new(policy, prompts, kept):
+    """Put the features of all images of these prompts into `kept`, {image key: features}, which
+    starts anew where it has grown large; returns it. The tower is frozen: they never change."""
+    if sum(part.nbytes for part in kept.values()) > FEATURE_BYTES:
+        kept.clear()
+    images = sum([prompt.images for prompt in prompts], ())
+    new = [image for image in images if image.key not in kept]
+    kept |= model.encode_images(policy, new)
+    return kept
 
 
 # ---- the steps of a stage ------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """model.py against transformers' own forward, numbers worked out by hand, and its own parts."""
 
+from functools import partial
+from unittest import mock
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +20,7 @@ from tiny_model import (
     words,
 )
 
-from data import Prompt
+from data import Image, Prompt
 from model import (
     ModelError,
     adapters_off,
@@ -33,6 +36,7 @@ from model import (
     rope_positions,
     save_adapter,
     token_logprobs,
+    window_attention,
     write_tensors,
 )
 
@@ -202,6 +206,28 @@ def test_features_equal_transformers(monkeypatch, limit, calls):
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
+
+
+def test_windows_of_a_length_go_together():
+    """Guards: a window that sees another. Bitwise transformers' own features, whose windows go one
+    by one; the picture has whole and cut windows."""
+    model = tiny_model()
+    high, wide = 20, 36
+    patches = torch.randn(high * wide, 3 * 2 * 14 * 14)
+    picture = Image("large", patches, (1, high, wide))
+    before = encode_images(model, [picture])["large"]
+    calls = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args, **settings):
+        calls.append(args[0].shape)
+        return attend(*args, **settings)
+
+    for block in model.model.visual.blocks:
+        block.attn.forward = partial(window_attention, block.attn)
+    with mock.patch("model.F.scaled_dot_product_attention", counted):
+        assert torch.equal(encode_images(model, [picture])["large"], before)
+    assert len(calls) == 3 + 1 and calls[1][0] > 1  # three sizes of windows; all of it at once
 
 
 def test_lora_by_formula():
