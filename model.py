@@ -562,15 +562,23 @@ def group_attention(sizes, i, q, k, v):
         first = [x.transpose(0, 1)[None] for x in next(parts)]  # (1, H, P, D) each
         seen = F.scaled_dot_product_attention(*first, is_causal=True)
         out.append(seen[0].transpose(0, 1))  # (P, H, D)
-        own = next(parts)
-        if any(responses):
-            rows = [pad_sequence(x.split(responses), batch_first=True) for x in own]
-            queries, *rows = [x.transpose(1, 2) for x in rows]  # (K, H, R, D) each
-            shared = [x.expand(len(responses), -1, -1, -1) for x in first[1:]]
-            keys, values = [torch.cat(pair, dim=2) for pair in zip(shared, rows)]  # (K, H, P+R, D)
+        own = [x.split(responses) for x in next(parts)]
+        rows_of = [responses]
+        if len(responses) * max(responses, default=0) > 2 * sum(responses):
+            rows_of = [[length] for length in responses]  # padding to the longest would be most
+        done = 0
+        for lengths in rows_of:
+            some = slice(done, done + len(lengths))
+            done = some.stop
+            if not any(lengths):
+                continue
+            rows = [pad_sequence(x[some], batch_first=True) for x in own]
+            queries, *rows = [x.transpose(1, 2) for x in rows]  # (k, H, R, D) each
+            shared = [x.expand(len(lengths), -1, -1, -1) for x in first[1:]]
+            keys, values = [torch.cat(pair, dim=2) for pair in zip(shared, rows)]  # (k, H, P+R, D)
             bias = causal_lower_right(queries.shape[2], keys.shape[2])
             seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
-            for row, length in zip(seen.transpose(1, 2), responses):
+            for row, length in zip(seen.transpose(1, 2), lengths):
                 out.append(row[:length])
     return torch.cat(out).flatten(1)
 

@@ -84,7 +84,7 @@ def test_pads_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("lengths", [(6, 2, 11), (1, 0), (0, 5), (1,), (0, 0)])
+@pytest.mark.parametrize("lengths", [(6, 2, 11), (1, 0), (0, 5), (1,), (0, 0), (3, 40, 0, 2)])
 def test_logprobs_equal_transformers(lengths, temperature):
     """Guards the whole forward (mRoPE, grouped heads, features in the place of their pads, groups
     beside each other, empty responses), the shift by one, the temperature, the banned ids, and
