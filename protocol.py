@@ -238,7 +238,7 @@ def _build_graph(tools, topology):
     return Graph(topology, edges, start, end)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(4096)
 def plan_graph(plan: Plan) -> Graph:
     """The plan's Graph. Ours: the paper names the topologies only.
 
@@ -256,7 +256,7 @@ def plan_graph(plan: Plan) -> Graph:
     return _build_graph(plan.tools, plan.topology)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(4096)
 def _fitting_graphs(tools):
     """The graphs that these tools can fill: what a trace without a plan is held against."""
     fitting = [topology for topology in TOPOLOGIES if not _shape_problems(tools, topology)]
@@ -266,22 +266,19 @@ def _fitting_graphs(tools):
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def render_call(tool: str, fields: dict[str, str]) -> str:
-    """One trace line. Raises ValueError on text that the parser would read differently."""
-    line = f"[{tool}]: " + "; ".join(f"{key}={value}" for key, value in fields.items())
-    found = []
-    call = _parse_call(line, 1, found)
-    if found or call.fields != fields or any(mark in line for mark in ("\n", *TAGS)):
-        raise ValueError(f"{line!r}: the parser would read this call differently")
-    return line
-
-
 def render_response(calls, answer: str) -> str:
-    """A whole response from [(tool, fields), ...] and the answer: the inverse of the parser."""
-    if not answer.strip() or any(tag in answer for tag in TAGS):
-        raise ValueError("the answer must say something and hold none of the block tags")
-    lines = "\n".join(render_call(tool, fields) for tool, fields in calls)
-    return f"<thinking>\n{lines}\n</thinking>\n<answer>\n{answer.strip()}\n</answer>"
+    """A whole response from [(tool, fields), ...] and the answer: the inverse of the checker.
+    Raises ValueError on text that the checker would read differently."""
+    lines = []
+    for tool, fields in calls:
+        lines.append(f"[{tool}]: " + "; ".join(f"{key}={value}" for key, value in fields.items()))
+    trace = "\n".join(lines)
+    text = f"<thinking>\n{trace}\n</thinking>\n<answer>\n{answer.strip()}\n</answer>"
+    read = check(text)
+    same = [(call.tool, call.fields) for call in read.calls] == [*calls]
+    if not same or not answer.strip() or read.answer != f"\n{answer.strip()}\n":
+        raise ValueError(f"{text!r}: the checker would read this differently")
+    return text
 
 
 # ---- checking ------------------------------------------------------------------------------------
@@ -325,14 +322,10 @@ class Check:
         return not self.violations
 
     @property
-    def gate(self) -> Call | None:
-        """The first call of the gate; a second one is a repeated call and does not count."""
-        return next((call for call in self.calls if call.tool == GATE), None)
-
-    @property
     def decision(self) -> str | None:
-        """What the gate says, or None."""
-        return self.gate.fields.get("decision") if self.gate else None
+        """What the first call of the gate says, or None: a second one is a repeated call."""
+        value, _ = self.values.get("decision", (None, 0))
+        return value
 
 
 def _report(found, kind, line, text, message):
@@ -532,11 +525,12 @@ def _check_rounds(rounds, found):
     """Adds a repeated call for each round that says what an earlier one said, word for word."""
     said = []
     for calls in rounds:
-        looks = [call for call in calls.values() if TOOLS[call.tool].tier != "decision"]
-        words = {call.tool: call.fields for call in looks}
+        decides = {tool for tool in calls if TOOLS[tool].tier == "decision"}
+        words = {tool: calls[tool].fields for tool in calls.keys() - decides}
         if words in said:
+            first = next(iter(calls.values()))
             message = "This round of the loop repeats an earlier one word for word."
-            _report(found, "repeated-call", looks[0].line, looks[0].text, message)
+            _report(found, "repeated-call", first.line, first.text, message)
         said.append(words)
 
 
@@ -646,8 +640,6 @@ def check(response: str, plan: Plan | None = None) -> Check:
 def with_answer_form(checked: Check, form: str | None) -> Check:
     """The check, with the contradictions between its trace and the form of its answer (judge.FORMS;
     None where nobody says)."""
-    if form is None:
-        return checked
     found = list(checked.violations)
     _check_clashes(ANSWER_CLASHES, checked.values | {"answer": (form, 0)}, found)
     return replace(checked, violations=found)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import protocol  # noqa: E402
 from protocol import GATE, TOOLS, TOPOLOGIES, PlanError, check, make_plan  # noqa: E402
-from protocol import render_call, render_response, tools_by_tier, with_answer_form  # noqa: E402
+from protocol import render_response, tools_by_tier, with_answer_form  # noqa: E402
 
 SHORT = {"V": "VISUAL-SCAN", "O": "OCR-EXTRACT", "K": "KEYWORD-FLAGGING", "I": "INTENT-RADAR"}
 SHORT |= {"R": "RISK-SCORER", "G": GATE, "F": "REFUSAL-GENERATOR", "D": "REDIRECT-ENGINE"}
@@ -455,24 +455,24 @@ def test_a_violation_names_its_line():
 
 
 def test_render_is_the_inverse_of_the_parser():
-    """What render_call accepts is read back as it was; what would be read differently raises."""
+    """What is accepted is read back as it was; what would be read differently raises."""
     rng = random.Random(0)
     accepted = 0
     for _ in range(2000):
         tool = rng.choice(list(TOOLS))
         text = "".join(rng.choices("ab =:[]<>/;\n\t.é刀", k=rng.randint(0, 9)))
         try:
-            line = render_call(tool, {"note": text, "b": "c"})
+            text_of = render_response([(tool, {"note": text, "b": "c"})], "a")
         except ValueError:
             assert set(text) & set(";\n") or text != text.strip()
             continue
-        call = check(f"<thinking>\n{line}\n</thinking>").calls[0]
+        (call,) = check(text_of).calls
         assert (call.tool, call.fields) == (tool, {"note": text, "b": "c"})
         accepted += 1
     assert accepted > 500
     for value in ("a;b", "a\nb", " a", "</thinking>", 3):
         with pytest.raises(ValueError):
-            render_call("OCR-EXTRACT", {"text": value})
+            render_response([("OCR-EXTRACT", {"text": value})], "a")
     for answer in ("", " \n", "so <answer> it"):
         with pytest.raises(ValueError):
             render_response([("OCR-EXTRACT", {"text": "a"})], answer)
