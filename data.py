@@ -45,8 +45,8 @@ RENAMED = {  # what other layouts have -> fields here
     "image": "images, a list of paths",
     "problem": "question",
     "prompt": "question",
-    "messages": "question and response",
-    "conversations": "question and response",
+    "messages": "question and response: see docs/training.md, Data",
+    "conversations": "question and response: see docs/training.md, Data",
 }
 IMAGE_TAG = "<image>"  # where other layouts place an image
 SHOWN = 20  # problems in a message; the others are counted
@@ -196,7 +196,7 @@ def json_fault(value):
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
-        return str(error)
+        return f"NaN, Infinity or half a character is in it ({error})"
 
 
 def markdown_table(head, rows):

@@ -272,21 +272,23 @@ def open_image(path):
     shows white, as in Qwen's own utilities. Raises ValueError, a sentence with the path, whatever a
     decoder raised.
     """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path!s:.200}: no such file, or no regular one")
     try:
-        if not os.path.isfile(path):
-            raise ValueError("no such file, or no regular one")
         with Image.open(path, formats=["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]) as file:
             picture = ImageOps.exif_transpose(file)
         if picture.mode in ("I", "F"):
             raise ValueError("32-bit grey: save it with 8 or 16 bits")
         if "I;16" in picture.mode:
             picture = picture.convert("I").point(lambda value: value / 256)
+        if not picture.has_transparency_data:
+            return picture.convert("RGB")
         picture = picture.convert("RGBA")
         ground = Image.new("RGB", picture.size, "white")
         ground.paste(picture, mask=picture)
         return ground
     except Exception as error:
-        raise ValueError(f"{path!s:.200} cannot be read as an image: {error}") from error
+        raise ValueError(f"{path!s:.200}: cannot be read as an image: {error}") from error
 
 
 def image_data_url(picture, min_pixels=338 * 338, max_pixels=512 * 512):
@@ -298,7 +300,7 @@ def image_data_url(picture, min_pixels=338 * 338, max_pixels=512 * 512):
     picture = ImageOps.scale(picture, scale, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=92)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def user_message(text, image_urls):
@@ -416,10 +418,8 @@ class EndpointJudge:
         Each is sent as soon as it comes out of `requests`. Raises JudgeError when the server is
         down.
         """
-
-        @lru_cache(64)  # the samples of one prompt share its images
-        def encode(path):
-            return image_data_url(open_image(path))
+        # the samples of one prompt share its images
+        encode = lru_cache(64)(lambda path: image_data_url(open_image(path)))
 
         def one(request):
             try:
