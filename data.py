@@ -197,6 +197,7 @@ def json_fault(value):
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         return f"NaN, Infinity or half a character is in it ({error})"
+    return None
 
 
 def markdown_table(head, rows):
