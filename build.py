@@ -48,6 +48,7 @@ from judge import (
     Scores,
     image_data_url,
     judge_from_env,
+    open_image,
     user_message,
 )
 from protocol import GATE, PERSONAS, TOOLS, Plan, PlanError, make_plan, plan_from_dict
@@ -344,7 +345,8 @@ def draft(record, config, teacher, scorer=None):
     try:
         urls = []
         for path in record.images:  # what the policy will see
-            urls.append(image_data_url(path, config.min_pixels, config.max_pixels))
+            picture = open_image(path)
+            urls.append(image_data_url(picture, config.min_pixels, config.max_pixels))
         plan, row["why"] = plan_item(record, teacher, urls)
         row["plan"] = protocol.plan_to_dict(plan)
         if scorer is None:

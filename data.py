@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from config import PROMPT_MODES, fingerprint, write_text
+from judge import open_image
 from protocol import GATE, PERSONAS, TIERS, TOOLS, Plan, PlanError, plan_from_dict, tools_by_tier
 from protocol import LOOP_ROUNDS
 
@@ -41,7 +41,15 @@ SETS = {  # set -> text fields that a record must have beside id, images and que
 TYPES = {"id": str, "question": str, "images": list, "plan": dict, "meta": dict}
 OPTIONAL = {"eval": {"answer": str, "choices": list}}
 TYPE_NAMES = {str: "a text", list: "a list of texts", dict: "an object"}
-IMAGE_TAG = "<image>"  # the placeholder of the released layout
+RENAMED = {  # what other layouts have -> fields here
+    "image": "images, a list of paths",
+    "problem": "question",
+    "prompt": "question",
+    "messages": "question and response: see docs/training.md, Data",
+    "conversations": "question and response: see docs/training.md, Data",
+}
+IMAGE_TAG = "<image>"  # where other layouts place an image
+SHOWN = 20  # problems in a message; the others are counted
 SPECIAL_TOKENS = "<|im_start|> <|im_end|> <|vision_start|> <|image_pad|> <|vision_end|>".split()
 
 
@@ -113,33 +121,45 @@ def load_processor(folder, min_pixels, max_pixels):
 # ---- lines of JSON -------------------------------------------------------------------------------
 
 
+def refuse(what, problems):
+    """Raise DataError with the problems, if there are any: the first SHOWN and how many more."""
+    if problems:
+        lines = [f"{len(problems)} {what}:", *problems[:SHOWN]]
+        if len(problems) > SHOWN:
+            lines.append(f"and {len(problems) - SHOWN} more")
+        raise DataError("\n  ".join(lines))
+
+
 def read_jsonl(path, growing=False):
-    """All rows of a JSON-lines file: a list of dicts. Raises DataError with every bad line.
+    """All rows of a JSON-lines file: a list of dicts. Raises DataError with the bad lines.
 
     growing: somebody may be writing the last line; without its end it is left out.
     """
+    return list(read_lines(path, growing).values())
+
+
+def read_lines(path, growing=False):
+    """read_jsonl with the number of each line: {number: row}; an empty line is none."""
     path = Path(path)
     try:
         content = path.read_bytes()
         if growing:
             content = content[: content.rfind(b"\n") + 1]
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")  # without the mark that some editors put first
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; expected JSON lines") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: {error}") from error
-    rows = []
+    rows = {}
     problems = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append(dict(json.loads(line)))
-            json_lines(rows[-1:]).encode()  # an error where half a character is in a text
+            rows[number] = dict(json.loads(line))
         except (ValueError, TypeError, RecursionError) as error:
             problems.append(f"{path}:{number}: no JSON object: {error}")
-    if problems:
-        raise DataError("\n".join(problems))
+    refuse(f"problem(s) in {path}", problems)
     return rows
 
 
@@ -170,6 +190,16 @@ def json_lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def json_fault(value):
+    """Why a value that was read from JSON can be no strict UTF-8 JSON: it holds NaN, Infinity or
+    half a character; None where it can."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        return f"NaN, Infinity or half a character is in it ({error})"
+    return None
+
+
 def markdown_table(head, rows):
     """A Markdown table; every cell is made text."""
     lines = [head, ["---"] * len(head), *rows]
@@ -191,14 +221,14 @@ def read_records(path, kind):
 
     Args: path of a .jsonl file, or of a .json file in the released layout; kind: sft, dpo, grpo,
     eval.
-    Raises DataError with every problem of the file: file, row, field, what was expected.
+    Raises DataError with the problems of the file: file, line, field, what was expected.
     """
     path = Path(path)
-    rows = read_released(path) if path.suffix == ".json" else read_jsonl(path)
+    rows = read_released(path) if path.suffix == ".json" else read_lines(path)
     records = []
     places = {}  # id -> where it was used
     problems = [] if rows else [f"{path}: no records"]
-    for number, row in enumerate(rows, 1):
+    for number, row in rows.items():
         where = f"{path}:{number}"
         faults = field_faults(row, kind)
         if not faults:
@@ -208,23 +238,18 @@ def read_records(path, kind):
             places[record.id] = where
             records.append(record)
         problems += [f"{where}: {fault}" for fault in faults]
-    if problems:
-        raise DataError(f"{len(problems)} problem(s) in {path}:\n  " + "\n  ".join(problems))
+    refuse(f"problem(s) in {path}", problems)
     return records
 
 
 def read_released(path):
-    """Rows of the released layout; <image> tags open the problem, the reward never reads
-    `answer`."""
-    rows = []
+    """{number: row} of the released layout; the reward never reads its `answer`."""
+    rows = {}
     try:
-        for number, item in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
-            images = item.get("images", [])
-            if item["problem"].count(IMAGE_TAG) != len(images):
-                raise ValueError(f"record {number}: not as many {IMAGE_TAG} tags as images")
-            question = item["problem"].replace(IMAGE_TAG, "").strip()
-            rows.append({"id": str(item.get("id", number)), "question": question, "images": images})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        for number, item in enumerate(json.loads(path.read_text(encoding="utf-8-sig")), 1):
+            row = {"id": str(item.get("id", number)), "question": item["problem"]}
+            rows[number] = row | {"images": item.get("images")}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: no JSON list of id, images, problem: {error!r}") from error
     return rows
 
@@ -235,13 +260,16 @@ def field_faults(row, kind):
     faults = []
     for name, value in row.items():
         if name not in types:
-            faults.append(f"{name}: unknown field in the {kind} set; known: {', '.join(types)}")
+            known = RENAMED.get(name) or f"one of {', '.join(types)}"
+            faults.append(f"{name}: unknown field in the {kind} set; expected {known}")
             continue
         wrong = value is not None and not isinstance(value, types[name])
         if types[name] is list and not wrong:
             wrong = not all(isinstance(item, str) for item in value or [])
         if wrong:
             faults.append(f"{name}: expected {TYPE_NAMES[types[name]]}, got {value!r:.60}")
+        elif fault := json_fault(value):
+            faults.append(f"{name}: {fault}")
     for name in ("id", "question", *SETS[kind]):
         if not str(row.get(name) or "").strip():
             faults.append(f"{name}: expected text that is not empty, got {row.get(name)!r:.60}")
@@ -249,9 +277,25 @@ def field_faults(row, kind):
 
 
 def make_record(row, folder, where):
-    """(Record, what is wrong with its images, its plan or its pair) of a row of sound fields."""
+    """(Record, what is wrong inside its fields) of a row whose fields have their types. Tags of
+    images are taken out of the question: its images stand before it."""
     paths = tuple(str(folder / name) for name in row.get("images") or [])
-    faults = [f"images: {fault}" for fault in map(image_fault, paths) if fault]
+    faults = []
+    for path in paths:
+        try:
+            image_size(path)
+        except ValueError as error:
+            faults.append(f"images: {error}")
+    question = row["question"]
+    tags = question.count(IMAGE_TAG)
+    if tags:
+        question = question.replace(IMAGE_TAG, "").strip()
+    if tags not in (0, len(paths)) or not question:
+        faults.append(f"question: {tags} {IMAGE_TAG} tags for {len(paths)} images, or no words")
+    meta = row.get("meta") or {}
+    for name in ("kind", "expected"):
+        if not isinstance(meta.get(name), str | None):
+            faults.append(f"meta.{name}: expected a text, got {meta[name]!r:.60}")
     plan = None
     if row.get("plan"):
         try:
@@ -261,23 +305,17 @@ def make_record(row, folder, where):
     texts = {key: value for key, value in row.items() if key not in TYPES}
     if "chosen" in texts and texts["chosen"] == texts["rejected"]:
         faults.append("rejected: is the same text as chosen")
-    meta = row.get("meta") or {}
-    return Record(row["id"], row["question"], paths, plan, meta, texts, where), faults
+    return Record(row["id"], question, paths, plan, meta, texts, where), faults
 
 
 @functools.lru_cache(maxsize=None)  # a picture is often in several records
-def image_fault(path):
-    """What is wrong with an image file, or None. It is decoded: a cut-off file shows it only
-    then."""
-    try:
-        with PIL.Image.open(path) as image:
-            image.convert("RGB")
-            smart_resize(image.height, image.width)  # it takes ratios of the sides up to 200
-    except FileNotFoundError:
-        return f"{path}: no such file"
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        return f"{path}: cannot be read as an image ({error})"
-    return None
+def image_size(path):
+    """(width, height) of an image file as the policy sees it. Raises ValueError where it cannot:
+    the file is decoded, since one that is cut off shows it only then."""
+    width, height = open_image(path).size
+    if max(width, height) > 200 * min(width, height):  # smart_resize takes no more
+        raise ValueError(f"{path}: one side is more than 200 times the other")
+    return width, height
 
 
 def records_fingerprint(records):
@@ -304,8 +342,7 @@ def image_grid(width, height, processor):
 @functools.lru_cache(maxsize=256)  # the most recent ones are kept
 def load_image(path, processor):
     """Read one image file into patches, within the processor's pixel limits."""
-    with PIL.Image.open(path) as file:
-        return make_image(file.convert("RGB"), path, processor)
+    return make_image(open_image(path), path, processor)
 
 
 def make_image(picture, name, processor):
@@ -502,8 +539,7 @@ def check_lengths(records, modes, processor, max_prompt, max_response):
         name = f"{record.where}: id {record.id}"
         counts = []
         for path in record.images:
-            with PIL.Image.open(path) as image:
-                counts.append(pads(image_grid(*image.size, processor), processor))
+            counts.append(pads(image_grid(*image_size(path), processor), processor))
         for mode in modes:
             if mode == "planned" and record.plan is None:
                 problems.append(f"{name}: no plan for the planned prompt; build.py plans records")
@@ -521,6 +557,5 @@ def check_lengths(records, modes, processor, max_prompt, max_response):
             if tokens > max_response:
                 text = f"{field_name}: {tokens} tokens, over --max_response {max_response}"
                 problems.append(f"{name}: {text}")
-    if problems:
-        raise DataError(f"{len(problems)} record(s) do not fit:\n  " + "\n  ".join(problems))
+    refuse("record(s) do not fit", problems)
     return longest

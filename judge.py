@@ -39,14 +39,13 @@ from functools import lru_cache
 from urllib.parse import quote
 
 import httpx2  # the HTTP client that transformers' hub client brings
-from PIL import Image
+from PIL import Image, ImageOps
 
 import protocol
 from config import write_text
 
 # Released: temperature 0, 256 tokens; 512 leaves room for the reason that we ask for.
 DEFAULT_PARAMS = {"temperature": 0, "max_tokens": 512}
-PIXELS = (338 * 338, 512 * 512)  # least and most that an image is sent with (PAPERS 1.6)
 FATAL_ROW = 20  # so many requests in a row that failed for good mean a dead judge (ours)
 MAX_REPLY = 1 << 22  # bytes
 # What some servers call it when a filter of theirs refuses a request.
@@ -104,9 +103,9 @@ class Grades:
     form: str | None = None
 
 
-DECISIONS = ("comply", "redirect", "refuse")
-FORMS = ("comply", "partial", "redirect", "refuse")
 DECLINES = ("redirect", "refuse")
+DECISIONS = ("comply", *DECLINES)
+FORMS = ("comply", "partial", *DECLINES)
 TEN = tuple(range(1, 11))
 FOUR = tuple(range(4))
 FLAG = (False, True)
@@ -253,9 +252,7 @@ def fenced(parts):
 
     Nothing random, so the same case is the same request and hits the cache.
     """
-    clean = {}
-    for title, text in parts.items():
-        clean[title] = CONTROL.sub(r"\g<0> ", text)
+    clean = {title: CONTROL.sub(r"\g<0> ", text) for title, text in parts.items()}
     whole = repr(clean).encode("utf-8", "surrogatepass")
     mark = "MATERIAL-" + hashlib.sha256(whole).hexdigest()[:16]
     lines = [f"The material stands between lines that start with {mark}."]
@@ -265,22 +262,45 @@ def fenced(parts):
     return "\n".join(lines)
 
 
-def image_data_url(image, min_pixels=PIXELS[0], max_pixels=PIXELS[1]):
-    """Image file or PIL image -> JPEG data URL (quality 92, pixel limits: PAPERS 1.6), its area
-    brought within the limits, up to the rounding of its sides.
+def open_image(path):
+    """Image file -> RGB PIL image: the pixels that policy, judge and report see.
 
-    Raises OSError or ValueError where it is no image. RGB as data.py reads it for the policy: the
-    judge sees what the policy saw.
+    Opened is only a regular file (a pipe could wait for ever), in six formats (for others Pillow
+    may start other programs); of an animation, the first frame. It is turned as its EXIF says, as
+    the release does for its judge. Of 16-bit grey the high byte is taken, as Pillow does of 16-bit
+    colour; 32-bit grey is refused, since nobody says which value is white. What is transparent
+    shows white, as in Qwen's own utilities. Raises ValueError, a sentence with the path, whatever a
+    decoder raised.
     """
-    picture = image if isinstance(image, Image.Image) else Image.open(image)
-    picture = picture.convert("RGB")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path!s:.200}: no such file, or no regular one")
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode in ("I", "F"):
+            raise ValueError("32-bit grey: save it with 8 or 16 bits")
+        if "I;16" in picture.mode:
+            picture = picture.convert("I").point(lambda value: value / 256)
+        if not picture.has_transparency_data:
+            return picture.convert("RGB")
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGB", picture.size, "white")
+        ground.paste(picture, mask=picture)
+        return ground
+    except Exception as error:
+        raise ValueError(f"{path!s:.200}: cannot be read as an image: {error}") from error
+
+
+def image_data_url(picture, min_pixels=338 * 338, max_pixels=512 * 512):
+    """RGB PIL image -> JPEG data URL, its area brought within the limits, up to the rounding of its
+    sides. Limits, filter and quality are the release's (PAPERS 1.6). Raises ValueError where a side
+    would vanish."""
     area = picture.width * picture.height
     scale = math.sqrt(min(max(area, min_pixels), max_pixels) / area)
-    size = [max(1, round(side * scale)) for side in picture.size]
-    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    picture = ImageOps.scale(picture, scale, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=92)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def user_message(text, image_urls):
@@ -398,19 +418,21 @@ class EndpointJudge:
         Each is sent as soon as it comes out of `requests`. Raises JudgeError when the server is
         down.
         """
-        encode = lru_cache(64)(image_data_url)  # the samples of one prompt share its images
+        # the samples of one prompt share its images
+        encode = lru_cache(64)(lambda path: image_data_url(open_image(path)))
 
         def one(request):
             try:
                 urls = [encode(path) for path in request.images]
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                self._count("failed: image", f"{request.images}: {error}")
+            except ValueError as error:
+                self._count("failed: image", str(error))
                 return None
             try:
                 return self.chat(messages_of(request, urls), request.parse)
             except Fault as fault:  # counted where it was raised
-                unsafe = self.filtered == "unsafe" and fault.reason == "filtered"
-                return request.worst if unsafe else None
+                if self.filtered == "unsafe" and fault.reason == "filtered":
+                    return request.worst
+                return None
 
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(one, requests))
@@ -429,8 +451,8 @@ class EndpointJudge:
                 value = parse(json.loads(path.read_text())["reply"])
                 self._count("cached")
                 return value
-            except (OSError, Fault, ValueError, RecursionError, LookupError, TypeError):
-                pass  # missing, or as good as that: it is written anew
+            except Exception:  # missing, or as good as that: it is written anew
+                pass
         for attempt in range(self.retries + 1):
             if self.failed_in_a_row >= FATAL_ROW:
                 raise JudgeError(
@@ -485,7 +507,7 @@ class EndpointJudge:
             choice = json.loads(payload)["choices"][0]
             finish = choice.get("finish_reason")
             text = choice["message"]["content"]
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        except Exception:  # no such thing in it
             text = None
         problem = f"the server answered {status}: {said[:500]}"
         if finish == "content_filter" or status == 400 and FILTERS.search(said):

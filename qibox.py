@@ -25,7 +25,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 from tqdm import tqdm
 
 import model as qwen
@@ -44,7 +43,7 @@ from data import (
     write_jsonl,
 )
 from eval import read_sets
-from judge import Case, JudgeError
+from judge import Case, JudgeError, open_image
 from protocol import plan_to_dict
 from reward import structured_reward
 from rollout import in_order, respond
@@ -102,8 +101,7 @@ def normalized(text):
 @cache  # a picture is often in several records
 def image_hash(path):
     """Hash of an image's size and RGB pixels: a resized or recompressed copy is another image."""
-    with PIL.Image.open(path) as file:
-        picture = file.convert("RGB")
+    picture = open_image(path)
     return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
 

@@ -31,7 +31,7 @@ from string import ascii_uppercase
 
 from build import plan_by_rules
 from config import run_command, write_whole
-from data import DataError, Record, image_fault, read_jsonl, write_jsonl
+from data import DataError, Record, image_size, json_fault, read_jsonl, write_jsonl
 from extras.benchmark_metrics import (  # noqa: F401  (eval.py imports this module alone)
     QUESTIONS,
     derived,
@@ -542,7 +542,12 @@ def fault_of(record, first):
         return f"question: expected text, got {record.question!r}"
     if not record.images:
         return "image: expected at least one"
-    return next(filter(None, map(image_fault, record.images)), None)
+    try:
+        for path in record.images:
+            image_size(path)
+    except ValueError as error:
+        return str(error)
+    return json_fault([record.id, record.question, record.meta, record.texts])
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -22,12 +22,11 @@ from itertools import product
 from pathlib import Path
 from string import Template
 
-import PIL.Image
-
 import protocol
 from config import PROMPT_MODES, STAGES, run_command, write_text
 from data import DataError, draw_plan, read_jsonl
 from eval import SHOWN, VERDICTS, percent, shown_heads
+from judge import open_image
 from trainer import SHOWN as IMPORTANT
 
 CASE_BYTES = 3_500_000  # of the cases, so that a page stays below 5 MB
@@ -182,9 +181,8 @@ def curves_html(folder):
 def image_url(path):
     """An image as a data URL, at most IMAGE_SIDE wide or high; none where it cannot be read."""
     try:
-        with PIL.Image.open(path) as file:
-            picture = file.convert("RGB")
-    except (OSError, ValueError):
+        picture = open_image(path)
+    except ValueError:
         return "data:,"
     picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     buffer = io.BytesIO()

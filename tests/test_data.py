@@ -1,17 +1,24 @@
 """data.py: whole-file validation, files that grow, Qwen2.5-VL's chat layout token by token, one
 pixel limit. Every test runs on the toy world's tokenizer."""
 
+import base64
+import io
 import json
+import os
 import random
 import re
+from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 
 import data
 import protocol
 from config import PROMPT_MODES
-from extras import toy_base
+from extras import report, toy_base
+from judge import image_data_url, open_image
+from qibox import image_hash
 
 PLAN = {
     "persona": "helper",
@@ -60,7 +67,7 @@ def test_faults_are_reported_together(tmp_path):
         ("images", "good.png", "expected a list of texts"),
         ("images", ["gone.png"], ".*gone.png: no such file"),
         ("images", ["text.png"], ".*cannot be read"),
-        ("images", ["long.png"], ".*aspect ratio"),
+        ("images", ["long.png"], ".*200 times"),
         ("plan", PLAN | {"topology": "ring"}, ".*ring"),
         ("rejected", "x", "is the same"),
         ("anwser", "z", "unknown field"),
@@ -106,9 +113,14 @@ def test_released_layout(tmp_path):
     first, second = data.read_records(path, "grpo")
     assert (first.id, first.question, first.images) == ("1", "how?", (str(tmp_path / "i.png"),))
     assert (second.id, second.question, second.images) == ("3", "why?", ())
-    path.write_text(json.dumps([row | {"problem": "how?"}]))
-    with pytest.raises(data.DataError, match="grpo.json"):
-        data.read_records(path, "grpo")
+    for problem in (None, 3, "<image><image>\nhow?", "<image>", "\ud83d"):
+        path.write_text(json.dumps([row, row | {"problem": problem}]))
+        with pytest.raises(data.DataError, match=r"(?s)1 problem.*grpo\.json:2: question: "):
+            data.read_records(path, "grpo")
+    for content in ("{", "[3]", "[" * 100_000, '[{"id": "a"}]', '{"problem": "how?"}'):
+        path.write_text(content)
+        with pytest.raises(data.DataError, match="grpo.json: no JSON list of id, images, problem"):
+            data.read_records(path, "grpo")
 
 
 @pytest.mark.parametrize("bad", [{"answer": 2}, {"choices": "red"}, {"choices": ["red", 2]}])
@@ -153,6 +165,120 @@ def test_fingerprint_follows_all_that_training_reads(tmp_path):
     picture(tmp_path / "a.png", 560, 560)
     seen |= {data.records_fingerprint(records), data.records_fingerprint(records * 2)}
     assert len(seen) == len(changes) + 2
+
+
+RECORDS = [  # changes of a good row; None, or the fault that is told
+    ({}, None),
+    ({"images": None, "meta": None, "plan": None}, None),
+    ({"meta": {"kind": None, "expected": None}}, None),
+    ({"meta": {"kind": "bait", "score": 3, "tags": ["a", None]}}, None),
+    ({"question": "<image>\nwhat is it?"}, None),
+    ({"question": "what is in <image> ?"}, None),
+    ({"images": ["a.png", "a.png"], "question": "<image> <image> same?"}, None),
+    ({"images": [], "question": "1 < 2 or <b>bold</b>?"}, None),
+    ({"id": "ü/1 \u2028", "question": "☃ \U0001f600"}, None),
+    ({"response": "a <image> in a response is text"}, None),
+    ({"question": "<image><image> what?"}, "question: 2 <image> tags for 1 images"),
+    ({"images": [], "question": "<image> what?"}, "question: 1 <image> tags for 0 images"),
+    ({"question": "<image>\n"}, "question: .*or no words"),
+    ({"question": None}, "question: expected text"),
+    ({"response": "half \ud83d"}, "response: .*surrogates not allowed"),
+    ({"meta": {"a": [{"b": "\udc00"}]}}, "meta: .*surrogates"),
+    ({"meta": {"\udc00": 1}}, "meta: .*surrogates"),
+    (
+        {"meta": {"score": float("nan")}},
+        "meta: NaN, Infinity or half a character.*not JSON compliant",
+    ),
+    (
+        {"meta": {"scores": [1, float("-inf")]}},
+        "meta: NaN, Infinity or half a character.*not JSON compliant",
+    ),
+    ({"id": float("nan")}, "id: expected a text, got nan"),
+    ({"meta": {"kind": 3}}, "meta.kind: expected a text, got 3"),
+    ({"meta": {"kind": ["a"]}}, "meta.kind: expected a text"),
+    ({"meta": {"expected": {"form": "refuse"}}}, "meta.expected: expected a text"),
+    ({"meta": {"expected": True}}, "meta.expected: expected a text, got True"),
+    ({"meta": "{}"}, "meta: expected an object"),
+    ({"meta": []}, "meta: expected an object"),
+    ({"images": "a.png"}, "images: expected a list of texts"),
+    ({"images": ["a.png", 3]}, "images: expected a list of texts"),
+    ({"images": [{"path": "a.png"}]}, "images: expected a list of texts"),
+    ({"images": [""]}, "images: .*no such file"),
+    ({"images": ["a\0.png"]}, "images: .*no such file"),
+    ({"images": ["https://x.org/a.png"]}, "images: .*no such file"),
+    ({"images": ["data:image/png;base64," + "A" * 90_000]}, "images: .{1,300}no such file"),
+    ({"image": "a.png"}, "image: unknown .*expected images, a list of paths"),
+    ({"problem": "how?"}, "problem: unknown .*expected question$"),
+    ({"messages": [{"role": "user", "content": "?"}]}, "messages: .*expected question and resp"),
+    ({"conversations": []}, "conversations: .*expected question and response: see docs/training"),
+    ({"answer": "B"}, "answer: unknown field in the sft set; expected one of id, question, "),
+]
+
+
+def test_records_as_people_have_them(tmp_path):
+    """Guards: a record that is told about after the answers were given, or never; a line that is
+    another than the one named; a screen of thousands of lines."""
+    picture(tmp_path / "a.png")
+    path = tmp_path / "sft.jsonl"
+    good = {"question": "what?", "images": ["a.png"], "response": "r"}
+    lines = ["\ufeff" + json.dumps(good | {"id": "first"}), "", "  "]  # a mark, and empty lines
+    faults = []
+    fine = []
+    for change, fault in RECORDS:
+        lines.append(json.dumps(good | {"id": f"r{len(lines)}"} | change))
+        if fault:
+            faults.append((len(lines), fault))
+        else:
+            fine.append(lines[-1])
+    lines += ["[1]", '{"id": "r", "question": "cut o']
+    with pytest.raises(data.DataError, match=r"^2 problem(?s:.*):42: no JSON(?s:.*):43: no JSON"):
+        read(path, lines)
+    with pytest.raises(data.DataError) as caught:
+        read(path, lines[:-2])
+    first, *told = str(caught.value).splitlines()
+    assert first == f"{len(faults)} problem(s) in {path}:"
+    assert told.pop() == f"  and {len(faults) - data.SHOWN} more" and len(told) == data.SHOWN
+    for number, fault in faults:  # each alone, too
+        with pytest.raises(data.DataError) as caught:
+            read(path, [""] * (number - 1) + [lines[number - 1]])
+        (line,) = str(caught.value).splitlines()[1:]
+        assert re.match(rf"  {path}:{number}: {fault}", line), (fault, line)
+        assert not told or told.pop(0) == line
+    records = read(path, lines[:1] + fine)
+    assert [record.id for record in records][:2] == ["first", "r3"] and len(records) == 11
+    questions = [record.question for record in records]
+    assert questions[5:8] == ["what is it?", "what is in  ?", "same?"]
+    assert records[2].images == () and records[2].meta == {}
+    assert records[10].texts == {"response": "a <image> in a response is text"}
+
+
+def test_other_layouts_become_rows(tmp_path):
+    """Guards: the converter of docs/training.md, against LLaMA-Factory's two layouts and OpenAI's
+    parts."""
+    picture(tmp_path / "a.png")
+    page = (Path(data.__file__).parent / "docs/training.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(def to_row.*?)```", page, re.DOTALL)
+    space = {}
+    exec(code, space)
+    asked, said = "<image>what?", "that."
+    parts = [
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "text", "text": "what?"},
+    ]
+    system = {"role": "system", "content": "be kind"}
+    turns = [
+        {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]},
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]},
+    ]
+    turns = [row | {"images": ["a.png"]} for row in turns]
+    answer = {"role": "assistant", "content": said}
+    turns.append({"messages": [system, {"role": "user", "content": parts}, answer]})
+    rows = [space["to_row"](number, row) for number, row in enumerate(turns, 1)]
+    for record in read(tmp_path / "sft.jsonl", rows):
+        assert (record.question, record.texts["response"]) == ("what?", "that.")
+        assert record.images == (str(tmp_path / "a.png"),)
+    with pytest.raises(ValueError, match="row 9: more than one turn of assistant"):
+        space["to_row"](9, {"messages": turns[2]["messages"] + [answer]})
 
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -227,6 +353,110 @@ def test_a_trace_is_held_only_to_a_plan_that_was_shown():
 
 
 # ---- images and lengths --------------------------------------------------------------------------
+
+
+def make_pictures(folder):
+    """Files as people have them -> {name: (size, first pixel, last pixel), or the sentence}."""
+    two = PIL.Image.new("RGB", (60, 30), "red")  # blue on the left
+    two.paste("blue", (0, 0, 30, 30))
+    green = PIL.Image.new("RGB", (60, 30), "lime")
+    ink = PIL.Image.new("RGBA", (60, 30), (0, 0, 0, 0))  # on the left black, then nothing
+    ink.paste((0, 0, 0, 255), (0, 0, 30, 30))
+    grey16 = np.full((30, 60), 0x8000, np.uint16)
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6  # "rotate by 90 degrees"
+    black, white, grey = [0] * 3, [255] * 3, [128] * 3
+    blue, red = [0, 0, 255], [255, 0, 0]
+    wide = (60, 30)
+    found = {}
+
+    def save(name, image, expected, **options):
+        image.save(folder / name, **options)
+        found[name] = expected
+
+    for name in ("ink.png", "ink.webp", "ink.tif"):
+        save(name, ink, (wide, black, white), lossless=True)
+    save("ink-grey.png", ink.convert("LA"), (wide, black, white))
+    save("ink.gif", ink, (wide, black, white))
+    save("half.png", PIL.Image.new("RGBA", wide, (0, 0, 0, 128)), (wide, [127] * 3, [127] * 3))
+    save("bits.png", PIL.Image.new("1", wide, 1), (wide, white, white))
+    save("palette.png", two.convert("P"), (wide, blue, red))
+    save("grey.bmp", PIL.Image.new("L", wide, 128), (wide, grey, grey))
+    save("print.jpg", PIL.Image.new("CMYK", wide, (0, 255, 255, 0)), (wide, red, red))
+    save("grey16.png", PIL.Image.fromarray(grey16), (wide, grey, grey))
+    big_end = PIL.Image.frombytes("I;16B", wide, grey16.astype(">u2").tobytes())
+    save("grey16.tif", big_end, (wide, grey, grey))
+    for name in ("turned.jpg", "turned.png", "turned.webp", "turned.tif"):
+        save(name, two, ((30, 60), blue, red), exif=turned, quality=95)
+    for name in ("moving.gif", "moving.png", "moving.webp", "pages.tif"):
+        save(name, two, (wide, blue, red), save_all=True, append_images=[green], lossless=True)
+    save("phone.jpg", two, (wide, blue, red), format="MPO", save_all=True, append_images=[green])
+    told = "cannot be read as an image: "
+    real = PIL.Image.fromarray(np.full((30, 60), 0.5, np.float32))
+    save("real.tif", real, told + "32-bit grey: save it with 8 or 16 bits")
+    save("whole.tif", real.convert("I"), told + "32-bit grey")
+    for name in ("cut.jpg", "cut.png", "cut.webp", "cut.bmp"):
+        save(name, PIL.Image.effect_noise((60, 30), 90), told)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+    save("icon.png", two, told + "cannot identify", format="ICO")  # a format of its own
+    huge = io.BytesIO()
+    two.save(huge, "BMP")
+    header = bytearray(huge.getvalue())
+    header[18:26] = (20_000).to_bytes(4, "little") * 2
+    contents = {
+        "huge.bmp": (header, told + "Image size .400000000 pixels. exceeds"),
+        "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 30\n", told + "cannot id"),
+        "empty.png": (b"", told + "cannot identify"),
+        "text.png": (b"I am no picture", told + "cannot identify"),
+    }
+    for name, (content, fault) in contents.items():
+        (folder / name).write_bytes(content)
+        found[name] = fault
+    os.mkfifo(folder / "pipe.png")
+    (folder / "folder.png").mkdir()
+    return found | dict.fromkeys(("pipe.png", "folder.png", "gone.png"), "no such file")
+
+
+def test_pictures_as_people_have_them(folder, tmp_path):
+    """Guards: black ink on a transparent ground as a black square, 16 bits as white, a photograph
+    on its side, a pipe that is waited for, Ghostscript started for a .png, a decoder's traceback;
+    a judge, a report or a curation that see other pixels than the policy."""
+    pictures = make_pictures(tmp_path)
+    rows = []
+    faults = []
+    for name, expected in pictures.items():
+        rows.append({"id": name, "question": "what?", "images": [name]})
+        if isinstance(expected, str):
+            faults.append(rf"grpo\.jsonl:{len(rows)}: images: {tmp_path / name}: {expected}")
+    with pytest.raises(data.DataError) as caught:
+        read(tmp_path / "grpo.jsonl", rows)
+    told = str(caught.value).splitlines()[1:]
+    for line, fault in zip(told, faults, strict=True):
+        assert re.search(fault, line), (fault, line)
+    rows = [row for row in rows if not isinstance(pictures[row["id"]], str)]
+    records = read(tmp_path / "grpo.jsonl", rows)
+    assert len(records) >= 20
+    processor = data.load_processor(folder, 3136, 3136)
+    for record in records:
+        (path,) = record.images
+        size, first, last = pictures[record.id]
+        seen = open_image(path)
+        assert (seen.mode, seen.size) == ("RGB", size) and data.image_size(path) == size, record
+        corners = np.array([seen.getpixel((0, 0)), seen.getpixel((size[0] - 1, size[1] - 1))], int)
+        assert np.abs(corners - [first, last]).max() <= 2, (record.id, corners)
+        image = data.load_image(path, processor)
+        assert image.patches.equal(data.make_image(seen, "", processor).patches)
+        sent = image_data_url(seen), report.image_url(path)
+        for url in sent:
+            shown = PIL.Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+            assert (shown.width > shown.height) == (size[0] > size[1])
+            corners = np.array([shown.getpixel((0, 0)), shown.getpixel((-1 + shown.width, 0))], int)
+            last_above = last if size == (60, 30) else first  # of a turned one the top is blue
+            assert np.abs(corners - [first, last_above]).max() < 30, (record.id, corners)
+    hashes = {record.id: image_hash(record.images[0]) for record in records}
+    assert hashes["ink.png"] == hashes["ink.tif"] == hashes["ink-grey.png"] == hashes["ink.gif"]
+    assert hashes["turned.png"] == hashes["turned.tif"] != hashes["moving.gif"]
 
 
 def test_image_grid_is_the_image_processors(folder):

@@ -634,15 +634,16 @@ def test_images_travel_as_jpeg_within_the_limits(server, tmp_path, mode, size):
 
 
 def test_judge_sees_what_the_policy_saw(tmp_path):
-    """Guards: an image turned by EXIF, which data.py does not do for the policy."""
+    """Guards: an image that is turned by EXIF for the one and not for the other."""
     image = Image.new("RGB", (600, 300), "red")
     image.paste("blue", (0, 0, 300, 300))
     turned = Image.Exif()
     turned[0x0112] = 6  # "rotate by 90 degrees"
     image.save(tmp_path / "a.jpg", exif=turned)
-    seen = decoded(judge.image_data_url(tmp_path / "a.jpg", *LIMITS))
-    assert seen.size == (600, 300)
-    assert seen.getpixel((50, 150))[2] > 200 and seen.getpixel((550, 150))[0] > 200
+    picture = judge.open_image(tmp_path / "a.jpg")
+    seen = decoded(judge.image_data_url(picture, *LIMITS))
+    assert picture.size == seen.size == (300, 600)
+    assert seen.getpixel((150, 50))[2] > 200 and seen.getpixel((150, 550))[0] > 200
 
 
 def test_unreadable_image_drops_its_case_only(server, tmp_path):
