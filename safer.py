@@ -36,7 +36,7 @@ from judge import Case, JudgeError
 from model import ModelError, adapters_off, micro_batches
 from reward import compute_reward, structured_reward
 from rollout import Trajectory, as_first_response, correct, first_of, respond
-from trainer import StageError, add, adapter_path, append_log, batch_at, check_finite
+from trainer import StageError, add, adapter_path, append_log, batch_at, check_finite, load_ahead
 from trainer import encode_images, make_judge, open_run, optimizer_step, report, save_checkpoint
 from trainer import stable_hash, stage_steps, steps_of, token_logprobs, total, write_metrics
 
@@ -50,7 +50,9 @@ def tokenized_batch(run, records, step, names):
     """
     config = run.config
     modes = getattr(config, f"{run.stage}_prompts").split(",")
-    picked = batch_at(records, step, getattr(config, f"{run.stage}_batch"), config.seed)
+    batch = getattr(config, f"{run.stage}_batch")
+    picked = batch_at(records, step, batch, config.seed)
+    load_ahead(run, batch_at(records, step + 1, batch, config.seed))
     ids = []
     groups = []
     for record, epoch in picked[run.rank :: run.world]:
@@ -134,6 +136,7 @@ def train_grpo(run, records):
     steps = stage_steps(config, "grpo", len(records))
     for step in steps_of(run, steps):
         picked = batch_at(records, step, config.grpo_batch, config.seed)
+        load_ahead(run, batch_at(records, step + 1, config.grpo_batch, config.seed))
         updates = []
         for start in range(0, len(picked), config.grpo_update_batch):
             batch = picked[start : start + config.grpo_update_batch]

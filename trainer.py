@@ -9,6 +9,7 @@ a generator's history: that makes resuming exact and independent of the number o
 checkpoint holds adapter, optimizer state and step; the step is also the place in data and schedule.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -17,6 +18,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -418,6 +420,19 @@ def batch_at(records, step, batch, seed):
         epoch, place = divmod(position, len(records))
         picked.append((records[epoch_order(len(records), epoch, seed)[place]], epoch))
     return picked
+
+
+def load_ahead(run, pairs):
+    """Decode this rank's pictures of the next (record, epoch) pairs in a thread, while this step
+    computes: data.load_image keeps them, so no number changes."""
+
+    def load():
+        with contextlib.suppress(Exception):  # told when the step comes
+            for record, _ in pairs[run.rank :: run.world]:
+                for path in record.images:
+                    data.load_image(path, run.processor)
+
+    threading.Thread(target=load, daemon=True).start()
 
 
 @functools.lru_cache(4)
