@@ -4,7 +4,7 @@ once, and the stages are listed with estimated memory and time.
     python -m extras.preflight --recipe 3b --data my/data     exit status 0: all is there; 2: not
 
 The estimates follow from the model's shapes and the lengths of the recipe, by the formulas of
-`memory` and `hours`. On CUDA neither was measured. Ours throughout.
+`memory` and `hours`; ASSUMED is printed above them. On CUDA neither was measured. Ours throughout.
 """
 
 import os
@@ -20,6 +20,11 @@ from eval import read_sets
 from extras import toy_base
 from judge import JudgeError, judge_from_env
 from trainer import base_folder, stage_steps
+
+ASSUMED = """Estimates from the shapes, none measured. Hours are of one H100 at a third of
+its data sheet, to be divided by the GPUs. Assumed: prompts half, responses a quarter as long as they may be. Not counted:
+pictures (reading, encoding), the longest responses of a rollout, which all wait for, the judge,
+evaluation, QI-Box. So a run takes longer."""
 
 # An H100's data sheet: dense bfloat16 operations, and bytes of memory read, a second. A third of
 # both is reached: assumed, not measured.
@@ -157,25 +162,27 @@ def check_model(config):
 
 
 def check_data(config):
-    """Also {stage: records}. Every data set that the run reads is validated whole."""
+    """Also {stage: records}. Every data set that the run reads is validated whole; of the miniature
+    world, which is written later, only the benchmarks."""
     folder = Path(config.data or Path(config.out) / "data")
-    if not config.data and not config.model:
-        return f"{folder}: extras/toy_base.py writes it", [], {}
-    if not config.data:
+    toy = not config.data and not config.model
+    if not config.data and config.model:
         return "none", ["no data: DATA=folder (or --data); docs/training.md lists its sets"], {}
     counts = {}
     problems = []
-    for stage in config.stages.split(","):
+    for stage in config.stages.split(",") if not toy else ():
         name = "pool" if stage == "grpo" and config.curate != "none" else stage
         try:
             counts[stage] = len(data.read_records(data.set_path(folder, name), stage))
         except data.DataError as error:
             problems.append(str(error))
     try:
-        counts["eval"] = sum(map(len, read_sets(config).values()))
+        if config.benchmarks or not toy:
+            counts["eval"] = sum(map(len, read_sets(config).values()))
     except (data.DataError, ConfigError) as error:
         problems.append(str(error))
-    return f"{folder}: {counts}", problems, counts
+    found = "extras/toy_base.py writes it" if toy else counts
+    return f"{folder}: {found}", problems, counts
 
 
 def check_judge(config):
@@ -200,7 +207,7 @@ def main(argv):
     judge, judge_problems = check_judge(config)
     problems += model_problems + data_problems + judge_problems
     print(f"GPUs   {gpus}\nmodel  {model}\ndata   {records}\njudge  {judge}")
-    print("\nEstimates from the shapes, not measurements; hours are shared out over the GPUs:\n")
+    print(f"\n{ASSUMED}\n")
     print(stage_table(shapes, config, counts), flush=True)
     for number, problem in enumerate(problems, 1):
         print(f"{number}. {problem}", file=sys.stderr)
