@@ -22,9 +22,9 @@ from judge import JudgeError, judge_from_env
 from trainer import base_folder, stage_steps
 
 ASSUMED = """Estimates from the shapes, none measured. Hours are of one H100 at a third of
-its data sheet, to be divided by the GPUs. Assumed: prompts half, responses a quarter as long as they may be. Not counted:
-pictures (reading, encoding), the longest responses of a rollout, which all wait for, the judge,
-evaluation, QI-Box. So a run takes longer."""
+its data sheet, to be divided by the GPUs. Assumed: prompts half, responses a quarter as long as
+they may be. Not counted: pictures (reading, encoding), the longest responses of a rollout, for
+which all wait, the judge, evaluation, QI-Box. So a run takes longer."""
 
 # An H100's data sheet: dense bfloat16 operations, and bytes of memory read, a second. A third of
 # both is reached: assumed, not measured.
