@@ -173,9 +173,10 @@ def beavertails_v(row):
     """Rows of one case differ in the response that they rate, which is not read: they get one id,
     and are read once."""
     question = row.get("question")
-    image = image_path(row, row.get("image", IMAGE))
+    image = row.get("image", IMAGE)
     category = row.get("category")
-    case = hashlib.sha256(f"{question} {Path(image).name}".encode()).hexdigest()[:12]
+    name = Path(image_path(row, image)).name
+    case = hashlib.sha256(f"{question} {name}".encode()).hexdigest()[:12]
     yield make_record(row, f"{category}-{case}", question, [image], {"category": category})
 
 
