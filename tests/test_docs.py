@@ -23,7 +23,8 @@ import reward
 import test_attacks
 from config import Config
 
-PAGES = ["README.md", "docs/training.md", "docs/reference.md", "docs/tutorial.md"]
+PAGES = ["README.md"]
+PAGES += [f"docs/{name}.md" for name in ("first-run", "training", "reference", "tutorial")]
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 README = TEXT["README.md"]
 REFERENCE = TEXT["docs/reference.md"]
