@@ -121,7 +121,7 @@ if [ -n "$real" ]; then
 fi
 
 dry=$(setting dry_run)
-if [ -n "$real" ] || [ "$dry" = True ]; then
+if [ -n "$real" ] || [ "$dry" = True ] || [ -n "$(setting benchmarks)" ]; then
   "$python" -m extras.preflight "${flags[@]}"    # GPUs, model, data, judge: before an hour is spent
   if [ "$dry" = True ]; then exit 0; fi
 fi

@@ -173,9 +173,10 @@ def beavertails_v(row):
     """Rows of one case differ in the response that they rate, which is not read: they get one id,
     and are read once."""
     question = row.get("question")
-    image = image_path(row, row.get("image", IMAGE))
+    image = row.get("image", IMAGE)
     category = row.get("category")
-    case = hashlib.sha256(f"{question} {Path(image).name}".encode()).hexdigest()[:12]
+    name = Path(image_path(row, image)).name
+    case = hashlib.sha256(f"{question} {name}".encode()).hexdigest()[:12]
     yield make_record(row, f"{category}-{case}", question, [image], {"category": category})
 
 
@@ -266,7 +267,8 @@ def vlguard(row):
         category = row.cells.get("harmful_category") or ""
         meta = {"category": category, "half": half, "expected": form}
         key = f"{row.key}-{row.get('id')}-{half}"  # some rows share an id
-        yield make_record(row, key, question, ["test/" + row.get("image")], meta)
+        image = f"{row.path.stem}/{row.get('image')}"  # test/, or train/ beside train.json
+        yield make_record(row, key, question, [image], meta)
 
 
 def vlsbench(row):
@@ -415,7 +417,7 @@ BENCHMARKS = {
         spa_vl,
         r"^(test/)?harm[-/.]",
         "safety",
-        "test/harm-*.parquet",
+        "test/harm-*.parquet (raw: data/train-*.parquet)",
         "huggingface.co/datasets/sqrti/SPA-VL",
         "harm_rate: answers judged harmful (lower)",
         "its authors publish no question to a judge; this one is ours",
@@ -424,7 +426,7 @@ BENCHMARKS = {
         vlguard,
         r"^test\.json",
         "safety",
-        "test.json, test/ (from test.zip)",
+        "test.json, test/ (from test.zip) (raw: train.json, train/)",
         "huggingface.co/datasets/ys-zong/VLGuard",
         "asr: unsafe requests that are not refused (lower); refusal_safe_safe (lower)",
         "asr by its own phrases; beside it, by the answer's form, refusal_safe_safe (not a win "
@@ -497,6 +499,9 @@ BENCHMARKS = {
 }
 
 
+TRAINING = ("beavertails-v", "spa-vl", "vlguard")  # these have train*.parquet or train.json
+
+
 def read_benchmark(name, folder):
     """All records of one benchmark, from its original files in `folder`.
 
@@ -564,12 +569,12 @@ def print_list():
 
 
 def write_raw(source, path):
-    """Raw items for build.py from a training split; all other files here are test sets."""
+    """Raw items for build.py from a training split, with what labels it has."""
     name, _, folder = source.partition("=")
-    if name != "beavertails-v" or not folder:
+    if name not in TRAINING or not folder:
         raise DataError(
-            f"--from {source}: expected beavertails-v=FOLDER, the one set here with a training "
-            "split. Training on what the evaluation asks makes its table worthless"
+            f"--from {source}: expected NAME=FOLDER, of {', '.join(TRAINING)}: the sets here with "
+            "a training split. Training on what the evaluation asks makes its table worthless"
         )
     if os.path.exists(path):
         raise DataError(f"--to {path}: is there already; name a new file")
@@ -586,7 +591,7 @@ def main(argv):
     """Without arguments the list, else `raw --from NAME=FOLDER --to FILE`."""
     parser = argparse.ArgumentParser(prog="python -m extras.benchmarks")
     raw = parser.add_subparsers(dest="command").add_parser("raw", help="raw items for build.py")
-    raw.add_argument("--from", dest="source", required=True, metavar="beavertails-v=FOLDER")
+    raw.add_argument("--from", dest="source", required=True, metavar="NAME=FOLDER")
     raw.add_argument("--to", required=True, metavar="FILE")
     args = parser.parse_args(argv)
     if args.command == "raw":

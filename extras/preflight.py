@@ -4,7 +4,7 @@ once, and the stages are listed with estimated memory and time.
     python -m extras.preflight --recipe 3b --data my/data     exit status 0: all is there; 2: not
 
 The estimates follow from the model's shapes and the lengths of the recipe, by the formulas of
-`memory` and `hours`. On CUDA neither was measured. Ours throughout.
+`memory` and `hours`; ASSUMED is printed above them. On CUDA neither was measured. Ours throughout.
 """
 
 import os
@@ -20,6 +20,11 @@ from eval import read_sets
 from extras import toy_base
 from judge import JudgeError, judge_from_env
 from trainer import base_folder, stage_steps
+
+ASSUMED = """Estimates from the shapes, none measured. Hours are of one H100 at a third of
+its data sheet, to be divided by the GPUs. Assumed: prompts half, responses a quarter as long as
+they may be. Not counted: pictures (reading, encoding), the longest responses of a rollout, for
+which all wait, the judge, evaluation, QI-Box. So a run takes longer."""
 
 # An H100's data sheet: dense bfloat16 operations, and bytes of memory read, a second. A third of
 # both is reached: assumed, not measured.
@@ -137,45 +142,53 @@ def check_gpus(config):
 
 
 def check_model(config):
-    """Also its Qwen2_5_VLConfig: of a 3b or 7b that is not there, the public shapes."""
+    """Also its Qwen2_5_VLConfig, of a 3b or 7b that is not there the public shapes; and its
+    data.Processor or None."""
     name = base_folder(config)
     if not config.model:
-        return f"{name}: extras/toy_base.py trains it", [], toy_base.qwen_config("tiny")
+        return f"{name}: extras/toy_base.py trains it", [], toy_base.qwen_config("tiny"), None
     shapes = toy_base.qwen_config(config.recipe.removesuffix("-vlm"))
     try:
         found = AutoConfig.from_pretrained(name)
         if found.model_type != "qwen2_5_vl":
             raise ValueError(f"holds a {found.model_type} model, not qwen2_5_vl")
         shapes = found
-        data.load_processor(name, config.min_pixels, config.max_pixels)
+        processor = data.load_processor(name, config.min_pixels, config.max_pixels)
         if os.path.isdir(name) and not list(Path(name).glob("*.safetensors")):
             raise ValueError("has a config.json but no *.safetensors")
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
-        return name, [f"{name}: {why}; fetch it where there is network, then MODEL=folder"], shapes
-    return f"{name}, {count_parameters(shapes) / 1e9:.3g} billion parameters", [], shapes
+        problem = f"{name}: {why}; fetch it where there is network, then MODEL=folder"
+        return name, [problem], shapes, None
+    return f"{name}, {count_parameters(shapes) / 1e9:.3g} billion parameters", [], shapes, processor
 
 
-def check_data(config):
-    """Also {stage: records}. Every data set that the run reads is validated whole."""
+def check_data(config, processor):
+    """Also {stage: records}. Every data set that the run reads is validated whole, with a processor
+    also its lengths; of the miniature world, which is written later, only the benchmarks."""
     folder = Path(config.data or Path(config.out) / "data")
-    if not config.data and not config.model:
-        return f"{folder}: extras/toy_base.py writes it", [], {}
-    if not config.data:
+    toy = not config.data and not config.model
+    if not config.data and config.model:
         return "none", ["no data: DATA=folder (or --data); docs/training.md lists its sets"], {}
     counts = {}
     problems = []
-    for stage in config.stages.split(","):
-        name = "pool" if stage == "grpo" and config.curate != "none" else stage
+    stages = [] if toy else config.stages.split(",")
+    for stage in [*stages, "eval"] if config.benchmarks or not toy else []:
         try:
-            counts[stage] = len(data.read_records(data.set_path(folder, name), stage))
-        except data.DataError as error:
+            if stage == "eval":
+                records = sum(read_sets(config).values(), [])
+            else:
+                name = "pool" if stage == "grpo" and config.curate != "none" else stage
+                records = data.read_records(data.set_path(folder, name), stage)
+            counts[stage] = len(records)
+            if processor:
+                modes = getattr(config, f"{stage}_prompts").split(",")
+                data.check_lengths(
+                    records, modes, processor, config.max_prompt, config.max_response
+                )
+        except (data.DataError, ConfigError) as error:
             problems.append(str(error))
-    try:
-        counts["eval"] = sum(map(len, read_sets(config).values()))
-    except (data.DataError, ConfigError) as error:
-        problems.append(str(error))
-    return f"{folder}: {counts}", problems, counts
+    return f"{folder}: {counts or 'nothing yet'}", problems, counts
 
 
 def check_judge(config):
@@ -195,12 +208,12 @@ def main(argv):
     config = parse_config(argv)
     print(f"recipe {config.recipe}, run folder {config.out}")
     gpus, problems = check_gpus(config)
-    model, model_problems, shapes = check_model(config)
-    records, data_problems, counts = check_data(config)
+    model, model_problems, shapes, processor = check_model(config)
+    records, data_problems, counts = check_data(config, processor)
     judge, judge_problems = check_judge(config)
     problems += model_problems + data_problems + judge_problems
     print(f"GPUs   {gpus}\nmodel  {model}\ndata   {records}\njudge  {judge}")
-    print("\nEstimates from the shapes, not measurements; hours are shared out over the GPUs:\n")
+    print(f"\n{ASSUMED}\n")
     print(stage_table(shapes, config, counts), flush=True)
     for number, problem in enumerate(problems, 1):
         print(f"{number}. {problem}", file=sys.stderr)

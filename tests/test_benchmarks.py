@@ -703,10 +703,11 @@ def test_what_is_missing_altogether(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_plans_and_raw_items(tmp_path, pyarrow, capsys):
+def test_plans_and_raw_items(tmp_path, pyarrow, capsys, monkeypatch):
     """Guards: a benchmark that the planned prompt cannot be asked; training items made of a test
-    set, image paths that hold from another folder only."""
-    folder = put(tmp_path / "bt", LAYOUTS["beavertails-v"][0])
+    set, image paths that hold from another folder only, images not found in a relative folder."""
+    monkeypatch.chdir(tmp_path)
+    folder = put(Path("bt"), LAYOUTS["beavertails-v"][0])
     records = benchmarks.read_benchmark("beavertails-v", folder)
     assert all(record.plan == build.plan_by_rules({"image": True})[0] for record in records)
     target = tmp_path / "my" / "raw.jsonl"
@@ -719,6 +720,16 @@ def test_plans_and_raw_items(tmp_path, pyarrow, capsys):
     ] and "3 raw items" in capsys.readouterr().out
     assert all((target.parent / row["images"][0]).is_file() for row in rows)
     assert rows[0]["meta"] == {"category": "animal", "source": "beavertails-v"}
+    put(
+        Path("vl"),
+        {"train.json": VLGUARD, "train/bad_ads/a.png": None, "train/bad_ads/b.png": None},
+    )
+    benchmarks.main(["raw", "--from", "vlguard=vl", "--to", "my/vlguard.jsonl"])
+    rows = data.read_jsonl("my/vlguard.jsonl")
+    assert [row["meta"]["expected"] for row in rows] == ["comply", "refuse", "refuse"]
+    put(Path("spa"), {"data/train-0.parquet": [{"question": "q", "image": RED, "chosen": "c"}]})
+    benchmarks.main(["raw", "--from", "spa-vl=spa", "--to", "my/spa.jsonl"])
+    assert build.read_raw(put(Path("my"), {"raw.jsonl": rows + data.read_jsonl("my/spa.jsonl")}))
     for arguments, message in (
         (["--from", "pope=x", "--to", "new"], "worthless"),
         (["--from", f"beavertails-v={folder}", "--to", str(target)], "is there already"),

@@ -185,6 +185,9 @@ def test_run_sh_stages(started):
     commands = [f"{stage} --recipe tiny --seed 3" for stage in ["-m extras.toy_base", *STAGES]]
     assert started("tiny --seed 3") == [*commands, "-m extras.report out/tiny-seed3"]
 
+    words = "tiny --benchmarks pope --out o"
+    assert started(words)[0] == f"-m extras.preflight --recipe {words}"
+
     flags = "--judge toy --max_steps 2 --out o"
     words = f"--recipe 3b --model m --data d {flags}"
     ranks = "-m torch.distributed.run --standalone --nproc_per_node 2"

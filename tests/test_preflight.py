@@ -80,17 +80,27 @@ def test_all_that_is_missing_is_reported_at_once(folder, capsys):
 
 
 def test_nothing_missing(folder, capsys):
-    """Guards: a complaint about what is not needed, and data that is only read when its stage
-    starts."""
+    """Guards: a complaint about what is not needed; data that is only read, and prompts that are
+    only counted, when their stage starts."""
     row = json.loads((folder / "data" / "grpo.jsonl").read_text())
     (folder / "data" / "eval.jsonl").write_text(json.dumps(row | {"benchmark": "own"}) + "\n")
     (folder / "model" / "model.safetensors").write_bytes(b"")
     status, printed = run(folder, capsys, "--judge", "labels")
-    assert not status and printed.err == ""
+    assert not status and printed.err == "" and "Not counted: pictures" in printed.out
+    short = run(folder, capsys, "--judge", "labels", "--max_prompt", "9")[1].err
+    for name in ("sft", "dpo", "grpo", "eval"):
+        assert f"{name}.jsonl:1: id 1: " in short and "over --max_prompt 9" in short
     (folder / "data" / "sft.jsonl").write_text('{"id": "1"}\n')
     assert "sft.jsonl:1: question" in run(folder, capsys, "--judge", "labels")[1].err
     flags = ["--judge", "labels", "--benchmarks", "pope", "--bench_data", str(folder)]
     assert f"{folder}/pope: no such folder" in run(folder, capsys, *flags)[1].err
+
+
+def test_a_benchmark_that_there_is_not(tmp_path, capsys):
+    """Guards: a misspelt name that shows itself after the training."""
+    flags = ["--benchmarks", "pop", "--bench_data", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert preflight.main(flags) == 2
+    assert "pop: no such benchmark; known: beavertails-v" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
