@@ -45,6 +45,7 @@ from rollout import in_order, respond
 from trainer import (
     StageError,
     adapter_path,
+    gather,
     join_ranks,
     load_policy,
     lock_folder,
@@ -180,10 +181,7 @@ def evaluate_rows(config, model, processor, judge, records, mode, path, rank, wo
         batch = left[start : start + size][rank::world]
         new, cases = answer_batch(config, model, processor, batch, mode)
         judge_batch(judge, batch, new, cases)
-        parts = [new] * world
-        if world > 1:
-            dist.all_gather_object(parts, new)
-        new = sum(parts, [])
+        new = sum(gather(new), [])
         rows |= {row["id"]: row for row in new}
         if rank == 0:
             append_jsonl(path, new)
@@ -399,8 +397,7 @@ def evaluate(config):
     inputs |= stage_inputs(config, model, stages[1:])
     if rank == 0:
         guard(folder, config, "eval", inputs)
-    if world > 1:
-        dist.barrier()  # nobody reads rows before they are known to be of this run
+    gather(None)  # nobody reads rows before they are known to be of this run
     results = []
     for stage in stages:
         if stage != "base":

@@ -17,7 +17,9 @@ from conftest import ROOT
 from tiny_run import metrics, train
 
 import safer
+import torch
 import trainer
+from config import guard, parse_config
 from judge import EndpointJudge, Fault, Scores
 
 
@@ -59,6 +61,35 @@ def test_data_with_faults(refused, run_folder):
     words = ["--data", data, "--out", run_folder, "--model", data]
     assert "Qwen2.5-VL folder or hub name" in refused("safer.py", "sft", *words)
     assert not list(run_folder.glob("sft/config.json"))
+
+
+@pytest.mark.parametrize("recipe", ["3b", "7b-vlm"])
+def test_a_real_recipe_without_a_gpu(refused, run_folder, monkeypatch, recipe):
+    """Guards: days on a CPU, because torch was built for another driver. A finished run of such a
+    recipe may still be looked at here."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = ["--recipe", recipe, "--out", run_folder, "--data", run_folder / "data"]
+    words += ["--judge", "toy", "--curate", "none"]
+    for program in ("safer.py grpo", "eval.py"):
+        text = refused(*program.split(), *words)
+        assert f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no" in text
+    config = parse_config(["--recipe", recipe, "--device", "cpu"])
+    assert trainer.pick_device(config) == torch.device("cpu")
+    guard(run_folder / "grpo", config, "grpo", {})
+    (run_folder / "grpo" / "adapter.safetensors").touch()
+    finished, _ = trainer.read_run(run_folder)
+    assert trainer.pick_device(finished) == torch.device("cpu")
+
+
+def test_what_another_job_left_in_the_environment(refused, run_folder, monkeypatch):
+    """Guards: torch's traceback."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    text = refused("safer.py", "sft", "--out", run_folder, "--device", "cpu")
+    assert "WORLD_SIZE is set, but not by torchrun; unset it" in text and "RANK" in text
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "3")
+    assert trainer.join_ranks(torch.device("cpu")) == (0, 1)
 
 
 def hold(folders, held):
