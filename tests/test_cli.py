@@ -146,8 +146,9 @@ def test_every_sample_is_accounted_for(run_folder, monkeypatch):
 
 def shell(words, folder=ROOT, **environment):
     """`bash run.sh words`, without the variables that it reads but for these."""
-    names = "MODEL DATA GPUS NNODES NODE_RANK MASTER_ADDR CUDA_VISIBLE_DEVICES SAFER_PYTHON"
-    clean = os.environ | dict.fromkeys([*names.split(), "JUDGE_URL", "MKL_CBWR"], "")
+    names = "MODEL DATA GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT CUDA_VISIBLE_DEVICES"
+    names += " SAFER_PYTHON JUDGE_URL MKL_CBWR PYTORCH_CUDA_ALLOC_CONF"
+    clean = os.environ | dict.fromkeys(names.split(), "")
     command = ["bash", "run.sh", *words.split()]
     environment = clean | environment
     return subprocess.run(
@@ -185,7 +186,7 @@ case "$1" in
   qibox.py) echo "$@" >> {log}; mkdir -p {log}.out/qibox; touch {log}.out/qibox/grpo.jsonl ;;
   *) echo "$@" >> {log} ;;
 esac
-echo "$MKL_CBWR" > {log}.cbwr
+echo "$MKL_CBWR $PYTORCH_CUDA_ALLOC_CONF" > {log}.set
 """
 
 
@@ -201,7 +202,8 @@ def started(tmp_path):
         log.unlink(missing_ok=True)
         done = shell(words, SAFER_PYTHON=str(fake), **environment)
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / "log.cbwr").read_text() == "AUTO,STRICT\n"
+        settings = (tmp_path / "log.set").read_text()
+        assert settings == "AUTO,STRICT expandable_segments:True\n"
         return log.read_text().splitlines()
 
     return start
@@ -227,7 +229,10 @@ def test_run_sh_stages(started):
     log = started("7b --data d --judge toy", **machines)
     assert len(log) == 5  # the first machine writes the report
     ranks = "-m torch.distributed.run --nproc_per_node 2 --nnodes 2 --node_rank 1"
-    assert all(line.startswith(f"{ranks} --master_addr first ") for line in log[1:])
+    ranks += " --master_addr first --master_port"
+    assert all(line.startswith(f"{ranks} 29500 ") for line in log[1:])
+    log = started("7b --data d --judge toy", **machines, MASTER_PORT="1234")
+    assert all(line.startswith(f"{ranks} 1234 ") for line in log[1:])
 
     assert started("test -k word") == ["-m pytest -q tests -k word"]
     assert started("ablate vlm --seeds 0") == ["-m extras.ablate vlm --seeds 0"]
