@@ -46,6 +46,7 @@ from trainer import (
     StageError,
     adapter_path,
     encode_new,
+    gather,
     join_ranks,
     load_policy,
     lock_folder,
@@ -184,10 +185,7 @@ def evaluate_rows(config, model, processor, judge, records, mode, path, rank, wo
         batch = left[start : start + size][rank::world]
         new, cases = answer_batch(config, model, processor, batch, mode, kept)
         judge_batch(judge, batch, new, cases)
-        parts = [new] * world
-        if world > 1:
-            dist.all_gather_object(parts, new)
-        new = sum(parts, [])
+        new = sum(gather(new), [])
         rows |= {row["id"]: row for row in new}
         if rank == 0:
             append_jsonl(path, new)
@@ -403,8 +401,7 @@ def evaluate(config):
     inputs |= stage_inputs(config, model, stages[1:])
     if rank == 0:
         guard(folder, config, "eval", inputs)
-    if world > 1:
-        dist.barrier()  # nobody reads rows before they are known to be of this run
+    gather(None)  # nobody reads rows before they are known to be of this run
     results = []
     kept = {}
     for stage in stages:

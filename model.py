@@ -25,13 +25,14 @@ longest response of a batch, M response tokens in all.
 import contextlib
 import json
 import math
+import zlib
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
@@ -255,21 +256,37 @@ def merge_lora(model):
 # ---- files of tensors ----------------------------------------------------------------------------
 
 
+def checksum(path, tensors, words):
+    """CRC-32 of the file that tensors and words make.
+
+    Raises ModelError where a value is not finite: none is written, and none is read.
+    """
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ModelError(f"{path}: holds values that are not finite")
+    return str(zlib.crc32(save(tensors, words)))
+
+
 def write_tensors(path, tensors, header):
     """Write {name: tensor}, and a header of plain values, to one safetensors file, whole or not at
     all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     words = {"header": json.dumps(header)}
+    words["crc32"] = checksum(path, tensors, words)
     write_whole(path, lambda part: save_file(tensors, part, metadata=words))
 
 
 def read_tensors(path):
-    """What write_tensors wrote -> ({name: tensor}, header)."""
+    """What write_tensors wrote -> ({name: tensor}, header). Files from before there was a checksum
+    have none."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["header"])
-            return {name: file.get_tensor(name) for name in file.keys()}, header
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+            words = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        written = words.pop("crc32", None)
+        if written not in (None, checksum(path, tensors, words)):
+            raise ValueError("its checksum is that of other values")
+        return tensors, json.loads(words["header"])
+    except (OSError, SafetensorError, AttributeError, LookupError, ValueError) as error:
         raise ModelError(f"{path}: damaged, or not written by this program: {error!r}") from error
 
 

@@ -9,6 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # be, and sampling makes other tokens of them: the same command gave two tables. This makes them
 # the same on one machine; another machine may still differ. AMD's CPUs ignore it.
 export MKL_CBWR=${MKL_CBWR:-AUTO,STRICT}
+# Batches differ in length from step to step: without this CUDA's memory is lost to gaps.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
 usage() {
   cat <<'TEXT'
@@ -32,9 +34,10 @@ Environment, all optional:
   MODEL, DATA      3b, 7b: the same as --model and --data (paths count from this folder)
   JUDGE_URL, JUDGE_MODEL, JUDGE_KEY         3b, 7b: the OpenAI-compatible server that scores
   TEACHER_URL, TEACHER_MODEL, TEACHER_KEY   the one that writes training responses; for build.py
-  GPUS             3b, 7b: 0,1,2,3 or all (the default); without a GPU one process runs on the CPU
+  GPUS             3b, 7b: 0,1,2,3 or all (the default); without a GPU: --device cpu, one process
   NNODES, NODE_RANK, MASTER_ADDR            3b, 7b: several machines with a shared folder; start the
                    same command on each
+  MASTER_PORT      with them: another port than 29500, for a second job on the same machines
 TEXT
 }
 
@@ -114,7 +117,8 @@ if [ -n "$real" ]; then
   fi
   if [ -n "${NNODES:-}" ]; then
     run=("$python" -m torch.distributed.run --nproc_per_node "$((gpus > 0 ? gpus : 1))"
-         --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+         --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
+         --master_port "${MASTER_PORT:-29500}")
   elif [ "$gpus" -gt 1 ]; then
     run=("$python" -m torch.distributed.run --standalone --nproc_per_node "$gpus")
   fi

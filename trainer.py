@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ import model
 from config import STAGES, Config, ConfigError, fingerprint, guard, sync
 from judge import judge_from_env
 
+PATIENCE = 60  # seconds that a rank waits for the others before it names them
 FEATURE_BYTES = 1 << 30  # image features kept from step to step: the tower is frozen
 SAVE_EVERY = 50  # optimizer steps (GRPO: rollouts) between checkpoints. Paper: 50 (PAPERS 1.5)
 LOGS = ("metrics.jsonl", "samples.txt")  # files of a stage that grow with every step
@@ -69,10 +71,14 @@ class Run:
 
 
 def pick_device(config):
-    """--device, or CUDA where there is one: of several this rank's."""
+    """--device, or CUDA where there is one, as 3b and 7b expect: of several this rank's."""
     there = torch.cuda.is_available()
-    if config.device == "cuda" and not there:
-        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu")
+    real = config.device == "auto" and not config.recipe.startswith("tiny")
+    if (real or config.device == "cuda") and not there:
+        raise ConfigError(
+            f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no CUDA device;"
+            " --device cpu does without, very slowly"
+        )
     if config.device == "cpu" or not there:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -82,11 +88,38 @@ def pick_device(config):
 
 def join_ranks(device):
     """(rank, world), and the process group where torchrun started several processes."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    _, rank, world = open_board()
+    if not dist.is_initialized():
+        meet()
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # a judge may take long
-    return int(os.environ.get("RANK", 0)), world
+    return rank, world
+
+
+@functools.cache
+def open_board():
+    """(store, rank, world): where the processes of torchrun leave word for each other."""
+    try:
+        return next(dist.rendezvous("env://"))
+    except ValueError as error:
+        raise ConfigError(f"WORLD_SIZE is set, but not by torchrun; unset it ({error})") from error
+
+
+def meet():
+    """Wait until all ranks are here; name those that are not after PATIENCE, and go on.
+
+    It stands before every collective, which waits for hours without a word.
+    """
+    board, rank, world = open_board()
+    number = board.add(f"rank {rank}", 1)  # so many times this rank was here
+    start = time.time()
+    while late := [name for name in range(world) if board.add(f"rank {name}", 0) < number]:
+        waited = time.time() - start
+        if waited > PATIENCE:
+            return tqdm.write(f"rank {rank} waits for {late}: they hang, or their judge is slow")
+        time.sleep(waited / 20)
 
 
 def make_judge(config):
@@ -157,8 +190,9 @@ def weights_fingerprint(policy):
 def read_run(out, last=None):
     """(Config, its finished stages) of a run folder, up to stage `last`: the last finished one.
 
-    `out` is the folder as it is named here: a run may have been moved. `device` is auto: this may
-    be another machine. Raises StageError where nothing is finished, or the settings are damaged.
+    `out` is the folder as it is named here: a run may have been moved. `device` is any, for 3b too:
+    this may be another machine. Raises StageError where nothing is finished, or the settings are
+    damaged.
     """
     finished = [stage for stage in STAGES if (Path(out) / stage / "adapter.safetensors").exists()]
     if not finished or last not in (None, *finished):
@@ -173,7 +207,7 @@ def read_run(out, last=None):
     except (ValueError, LookupError, TypeError) as error:
         raise StageError(f"{path}: damaged, or another program's ({error!r})") from error
     stages = config.stages.split(",")
-    return replace(config, out=str(out), device="auto"), stages[: stages.index(last) + 1]
+    return replace(config, out=str(out), device="any"), stages[: stages.index(last) + 1]
 
 
 def lock_folder(folder):
@@ -257,8 +291,7 @@ def save_checkpoint(run, step):
         return
     tensors = {}
     for name, parameter in run.parameters.items():
-        tensors[f"{name} adapter"] = parameter
-        for key, value in run.optimizer.state[parameter].items():
+        for key, value in {"adapter": parameter, **run.optimizer.state[parameter]}.items():
             tensors[f"{name} {key}"] = value
     sizes = {}
     for path in [run.folder / name for name in LOGS if (run.folder / name).exists()]:
@@ -293,17 +326,19 @@ def load_checkpoint(run):
 # ---- metrics, ranks ------------------------------------------------------------------------------
 
 
-def gather(run, value):
+def gather(value):
     """[value of rank 0, of rank 1, ...] on every rank."""
-    values = [value] * run.world
-    if run.world > 1:
-        dist.all_gather_object(values, value)
+    if not dist.is_initialized():
+        return [value]
+    meet()
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values
 
 
 def total(run, value):
     """Sum of a number over all ranks."""
-    return sum(gather(run, float(value)))
+    return sum(gather(float(value)))
 
 
 def add(run, **sums):
@@ -327,7 +362,7 @@ def append_log(run, name, text):
 
 def write_metrics(run, step, **values):
     """One line of metrics.jsonl, the end of a step. All ranks call it; the first one writes."""
-    parts = gather(run, run.sums)
+    parts = gather(run.sums)
     run.sums = {}
     for part in parts:  # a rank without a scored sample lacks some names
         add(run, **part)
@@ -338,7 +373,6 @@ def write_metrics(run, step, **values):
     row |= values
     append_log(run, "metrics.jsonl", json.dumps(row) + "\n")
     run.bar.set_postfix({name: row[name] for name in SHOWN if name in row})
-    return row
 
 
 # ---- one optimizer step --------------------------------------------------------------------------
@@ -369,6 +403,8 @@ def optimizer_step(run, step, steps):
     Raises StageError on a gradient that is not finite; check_finite has named the records then.
     """
     parameters = list(run.parameters.values())
+    if run.world > 1:
+        meet()
     for parameter in parameters:
         if parameter.grad is None:  # a rank without a scored sample has none
             parameter.grad = torch.zeros_like(parameter)
@@ -475,7 +511,7 @@ def steps_of(run, steps):
             yield done
             done += 1
             run.bar.update()
-            stop = max(gather(run, run.stop))  # it may have come to one rank only; all leave
+            stop = max(gather(run.stop))  # it may have come to one rank only; all leave
             if done < steps and (stop or done % SAVE_EVERY == 0):
                 save_checkpoint(run, done)
     finally:
@@ -483,10 +519,9 @@ def steps_of(run, steps):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if done == steps and run.rank == 0:
-        metadata = {"stage": run.stage, "steps": steps}
-        model.save_adapter(run.model, run.folder / "adapter.safetensors", metadata)
+        path = run.folder / "adapter.safetensors"
+        model.save_adapter(run.model, path, {"stage": run.stage, "steps": steps})
         (run.folder / "checkpoint.safetensors").unlink(missing_ok=True)
     if stop:
-        where = f"after step {done} of {steps}"
-        report(run, f"{run.stage}: stopped {where}; the same command goes on")
+        report(run, f"{run.stage}: stopped after step {done} of {steps}; the same command goes on")
         sys.exit(128 + stop)

@@ -22,9 +22,10 @@ REWARD_TYPE = "batch"
 
 
 def _case(response, question, images=None, plan=None, meta=None, **_):
-    """What is judged; plan: a dict, its JSON text, or None when the prompt showed none."""
-    if isinstance(plan, str):
-        plan = json.loads(plan)
+    """What is judged. images, plan, meta: values, their JSON text (what a table's column holds), or
+    None; plan None: the prompt showed none."""
+    values = [json.loads(x) if isinstance(x, str) else x for x in (images, plan, meta)]
+    images, plan, meta = values
     check = protocol.check(response, protocol.plan_from_dict(plan) if plan else None)
     return Case(question, tuple(images or ()), check, meta or {})
 
@@ -49,19 +50,20 @@ def make_trl_reward(judge, variant: str = "checked"):
     """A function for TRL's GRPOTrainer(reward_funcs=...).
 
     TRL calls it with prompts, completions (strings or lists of chat messages) and each data column
-    as a list by keyword. Columns used, all optional: `plan` (dict or its JSON text; None when the
-    prompt shows no plan), `question` (default: the last message of the prompt), `image_paths`
-    (files for the judge) and `meta` (labels). It returns floats, and None where the judge failed,
-    as TRL allows."""
+    as a list by keyword. Columns used, all optional, and None in any row: `plan` (None when the
+    prompt shows no plan), `image_paths` (a list: files for the judge) and `meta` (labels), each as
+    it is or as its JSON text; `question` (default: the last message of the prompt). It returns
+    floats, and None where the judge failed, as TRL allows."""
 
     def safer_reward(
         prompts, completions, question=None, image_paths=None, plan=None, meta=None, **_
     ):
         """See make_trl_reward; `_` takes what TRL passes besides."""
         absent = [None] * len(prompts)
-        columns = [question or map(_text, prompts)]
-        columns += [column or absent for column in (image_paths, plan, meta)]
-        cases = [_case(*row) for row in zip(map(_text, completions), *columns)]
+        columns = [column or absent for column in (question, image_paths, plan, meta)]
+        cases = []
+        for prompt, completion, asked, *rest in zip(prompts, completions, *columns):
+            cases.append(_case(_text(completion), asked or _text(prompt), *rest))
         return [reward.total if reward else None for reward in _rewards(judge, variant, cases)]
 
     return safer_reward

@@ -19,7 +19,7 @@ from config import STAGES, ConfigError, parse_config, run_command
 from eval import read_sets
 from extras import toy_base
 from judge import JudgeError, judge_from_env
-from trainer import base_folder, stage_steps
+from trainer import base_folder, pick_device, stage_steps
 
 ASSUMED = """Estimates from the shapes, none measured. Hours are of one H100 at a third of
 its data sheet, to be divided by the GPUs. Assumed: prompts half, responses a quarter as long as
@@ -134,11 +134,13 @@ def stage_table(shapes, config, counts):
 
 def check_gpus(config):
     """A real recipe needs CUDA, unless it is told to do without."""
-    count = torch.cuda.device_count() if config.device != "cpu" else 0
-    real = config.device == "auto" and not config.recipe.startswith("tiny")
-    if not count and (real or config.device == "cuda"):
-        return "none", ["torch sees no CUDA device; --device cpu runs on the CPU, very slowly"]
-    return f"{count} x {torch.cuda.get_device_name()}" if count else "none: CPU", []
+    try:
+        device = pick_device(config)
+    except ConfigError as error:
+        return "none", [str(error)]
+    if device.type == "cpu":
+        return "none: CPU", []
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}", []
 
 
 def check_model(config):

@@ -17,7 +17,9 @@ from conftest import ROOT
 from tiny_run import metrics, train
 
 import safer
+import torch
 import trainer
+from config import guard, parse_config
 from judge import EndpointJudge, Fault, Scores
 
 
@@ -59,6 +61,35 @@ def test_data_with_faults(refused, run_folder):
     words = ["--data", data, "--out", run_folder, "--model", data]
     assert "Qwen2.5-VL folder or hub name" in refused("safer.py", "sft", *words)
     assert not list(run_folder.glob("sft/config.json"))
+
+
+@pytest.mark.parametrize("recipe", ["3b", "7b-vlm"])
+def test_a_real_recipe_without_a_gpu(refused, run_folder, monkeypatch, recipe):
+    """Guards: days on a CPU, because torch was built for another driver. A finished run of such a
+    recipe may still be looked at here."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = ["--recipe", recipe, "--out", run_folder, "--data", run_folder / "data"]
+    words += ["--judge", "toy", "--curate", "none"]
+    for program in ("safer.py grpo", "eval.py"):
+        text = refused(*program.split(), *words)
+        assert f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no" in text
+    config = parse_config(["--recipe", recipe, "--device", "cpu"])
+    assert trainer.pick_device(config) == torch.device("cpu")
+    guard(run_folder / "grpo", config, "grpo", {})
+    (run_folder / "grpo" / "adapter.safetensors").touch()
+    finished, _ = trainer.read_run(run_folder)
+    assert trainer.pick_device(finished) == torch.device("cpu")
+
+
+def test_what_another_job_left_in_the_environment(refused, run_folder, monkeypatch):
+    """Guards: torch's traceback."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    text = refused("safer.py", "sft", "--out", run_folder, "--device", "cpu")
+    assert "WORLD_SIZE is set, but not by torchrun; unset it" in text and "RANK" in text
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "3")
+    assert trainer.join_ranks(torch.device("cpu")) == (0, 1)
 
 
 def hold(folders, held):
@@ -115,8 +146,9 @@ def test_every_sample_is_accounted_for(run_folder, monkeypatch):
 
 def shell(words, folder=ROOT, **environment):
     """`bash run.sh words`, without the variables that it reads but for these."""
-    names = "MODEL DATA GPUS NNODES NODE_RANK MASTER_ADDR CUDA_VISIBLE_DEVICES SAFER_PYTHON"
-    clean = os.environ | dict.fromkeys([*names.split(), "JUDGE_URL", "MKL_CBWR"], "")
+    names = "MODEL DATA GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT CUDA_VISIBLE_DEVICES"
+    names += " SAFER_PYTHON JUDGE_URL MKL_CBWR PYTORCH_CUDA_ALLOC_CONF"
+    clean = os.environ | dict.fromkeys(names.split(), "")
     command = ["bash", "run.sh", *words.split()]
     environment = clean | environment
     return subprocess.run(
@@ -154,7 +186,7 @@ case "$1" in
   qibox.py) echo "$@" >> {log}; mkdir -p {log}.out/qibox; touch {log}.out/qibox/grpo.jsonl ;;
   *) echo "$@" >> {log} ;;
 esac
-echo "$MKL_CBWR" > {log}.cbwr
+echo "$MKL_CBWR $PYTORCH_CUDA_ALLOC_CONF" > {log}.set
 """
 
 
@@ -170,7 +202,8 @@ def started(tmp_path):
         log.unlink(missing_ok=True)
         done = shell(words, SAFER_PYTHON=str(fake), **environment)
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / "log.cbwr").read_text() == "AUTO,STRICT\n"
+        settings = (tmp_path / "log.set").read_text()
+        assert settings == "AUTO,STRICT expandable_segments:True\n"
         return log.read_text().splitlines()
 
     return start
@@ -199,7 +232,10 @@ def test_run_sh_stages(started):
     log = started("7b --data d --judge toy", **machines)
     assert len(log) == 5  # the first machine writes the report
     ranks = "-m torch.distributed.run --nproc_per_node 2 --nnodes 2 --node_rank 1"
-    assert all(line.startswith(f"{ranks} --master_addr first ") for line in log[1:])
+    ranks += " --master_addr first --master_port"
+    assert all(line.startswith(f"{ranks} 29500 ") for line in log[1:])
+    log = started("7b --data d --judge toy", **machines, MASTER_PORT="1234")
+    assert all(line.startswith(f"{ranks} 1234 ") for line in log[1:])
 
     assert started("test -k word") == ["-m pytest -q tests -k word"]
     assert started("ablate vlm --seeds 0") == ["-m extras.ablate vlm --seeds 0"]

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_model import (
     EOS,
@@ -311,6 +312,41 @@ def test_adapter_faults_are_named(tmp_path, changes):
         load_adapter(tiny_model(), path)
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="not written by this program"):
+        load_adapter(tiny_model(), path)
+
+
+def test_a_flipped_bit_is_told(tmp_path):
+    """In any byte of a file: its header, its names, its values. What is read is what was written."""
+    tensors = {"b": torch.ones(3, 2), "step": torch.tensor(3.0)}
+    path = tmp_path / "checkpoint"
+    write_tensors(path, tensors, {"step": 3})
+    good = path.read_bytes()
+    told = 0
+    for place in range(len(good)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 2]) + good[place + 1 :])
+        try:
+            found, header = read_tensors(path)
+            assert header == {"step": 3} and found.keys() == tensors.keys()
+            assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+        except ModelError as error:
+            told += str(path) in str(error)
+    assert told >= len(good) - len("crc32")  # a file without a checksum is an older one
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_what_is_not_finite_is_neither_written_nor_read(tmp_path, value):
+    """Guards: an adapter of NaN behind the last step, which nothing would show before its tables."""
+    model = with_lora(tiny_model())
+    path = tmp_path / "adapter"
+    save_adapter(model, path, {})
+    spoiled = lora_parameters(model)[UP]
+    spoiled.data[0, 1] = value
+    with pytest.raises(ModelError, match="not finite"):
+        save_adapter(model, path, {})
+    with safe_open(path, framework="pt") as file:
+        words = {"header": file.metadata()["header"]}
+    save_file({**load_file(path), UP: spoiled.data}, path, metadata=words)
+    with pytest.raises(ModelError, match=f"{path}: holds values that are not finite"):
         load_adapter(tiny_model(), path)
 
 

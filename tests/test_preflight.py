@@ -109,5 +109,5 @@ def test_a_benchmark_that_there_is_not(tmp_path, capsys):
 )
 def test_a_real_recipe_needs_a_gpu(monkeypatch, flags, refused):
     """Guards: 3b that silently starts on a CPU."""
-    monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(preflight.torch.cuda, "is_available", lambda: False)
     assert len(preflight.check_gpus(parse_config(flags.split()))[1]) == refused

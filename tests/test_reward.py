@@ -281,6 +281,69 @@ def test_trl_calls_the_bridge(chat):
     assert totals[0] == paid(HONEST, None, replace(GOOD, form="refuse")).total < 1
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_trl_trains_by_the_reward(request, tmp_path, as_text):
+    """Two steps of the real trainer, each column as values and as JSON text. Guards: `meta` in the
+    form that a table holds, a column that is empty in a row, a failure of the judge."""
+    trl = pytest.importorskip("trl", reason="TRL is not among requirements.txt")
+    import datasets
+    import peft
+    from tiny_run import HashJudge
+
+    from data import load_processor, read_records, set_path
+    from extras.export import CHAT_TEMPLATE, PEFT_TARGETS
+
+    class Listener(HashJudge):
+        def score(self, cases):
+            heard.extend(cases)
+            return super().score(cases)
+
+    heard = []
+    world = request.getfixturevalue("world")
+    records = read_records(set_path(world / "data", "grpo"), "grpo")
+    stored = json.dumps if as_text else lambda value: value
+    rows = []
+    for record in records:
+        row = {"prompt": [{"role": "user", "content": record.question}], "question": None}
+        if as_text:
+            row = {"prompt": "look:", "question": record.question}
+        row["image_paths"] = stored(list(record.images))
+        row["meta"] = stored(record.meta)
+        row["plan"] = stored(protocol.plan_to_dict(record.plan)) if len(rows) % 2 else None
+        rows.append(row)
+    tokenizer = load_processor(world / "base", 3136, 3136).tokenizer
+    tokenizer.chat_template = CHAT_TEMPLATE
+    settings = trl.GRPOConfig(
+        str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=16,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+    )
+    trainer = trl.GRPOTrainer(
+        str(world / "base"),
+        make_trl_reward(Listener(fail_every=3)),
+        settings,
+        datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(target_modules=PEFT_TARGETS),
+    )
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "reward" in row]
+    assert len(logs) == 2 and all(0 < row["rewards/safer_reward/mean"] < 1 for row in logs)
+    assert any(row["grad_norm"] > 0 for row in logs)
+    asked = {record.question: record for record in records}
+    for case in heard:
+        record = asked[case.question]
+        assert (case.images, case.meta) == (record.images, record.meta)
+        assert case.check.plan in (record.plan, None)
+    assert len(heard) == 16 and len({case.check.plan is None for case in heard}) == 2
+
+
 def test_easyr1_calls_the_bridge():
     """EasyR1 passes response, response_length and ground_truth (text); needs `overall` back."""
     record = {"id": "a", "question": "May I eat this?", "images": ["a.png"], "response": "old"}

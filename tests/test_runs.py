@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,20 @@ def train_spoiled(folder):
     train(folder, ["sft"])
 
 
+def train_kept_waiting(folder):
+    """In step 1 the others wait for the last rank, longer than they have patience."""
+    update = trainer.optimizer_step
+    trainer.PATIENCE = 0.1
+
+    def late(run, step, steps):
+        if on_last_rank(run, step):
+            time.sleep(1)
+        return update(run, step, steps)
+
+    safer.optimizer_step = late
+    train(folder, ["sft"])
+
+
 def ranks(folder):
     make_world(folder)
     everything_float64()
@@ -149,6 +164,7 @@ def ranks(folder):
     dead = place(folder, folder / "dead")
     seen["dead"] = in_world(2, train_reflecting, dead, "1") + in_world(1, train_reflecting, dead)
     seen["spoiled"] = in_world(2, train_spoiled, place(folder, folder / "spoiled"))
+    seen["late"] = in_world(2, train_kept_waiting, place(folder, folder / "late"))
     return seen
 
 
@@ -215,6 +231,13 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(ranked):
     _, seen, log = ranked
     assert seen["spoiled"] == [1, 1], log[-3000:]
     assert log.count("sft: the loss is nan, of records spoiled") == 1
+
+
+def test_a_rank_that_keeps_others_waiting_is_named(ranked):
+    """Guards: hours without a word; a run that is given up because a judge was slow."""
+    folder, seen, log = ranked
+    assert seen["late"] == [0, 0] and "rank 0 waits for [1]: " in log, log[-3000:]
+    compare(folder / "world 1", folder / "late", ["sft"])
 
 
 # ---- kills ---------------------------------------------------------------------------------------
