@@ -36,6 +36,7 @@ from data import (
     DataError,
     read_records,
     records_fingerprint,
+    refuse,
     system_prompt,
     write_jsonl,
 )
@@ -292,8 +293,7 @@ def read_raw(folder):
             plan_by_rules(dict(record.meta.get("signals", {})))
         except (PlanError, ValueError, TypeError) as error:
             problems.append(f"{record.where}: meta.signals: {error}")
-    if problems:
-        raise DataError("\n".join(problems))
+    refuse(f"label(s) of {folder} cannot be built on", problems)
     return records
 
 

@@ -326,9 +326,10 @@ def print_results(results):
         if own:
             print("\n" + markdown_table(["stage", "benchmark", "own metric", "percent"], own))
     for row in results:
-        lost = row["unjudged"]["value"]
-        if lost and row["benchmark"] == row["kind"] == "all":
-            print(f"{row['stage']}, {row['prompt']}: {lost:.1%} of the cases have no verdict")
+        for metric, thing in (("unjudged", "verdict"), ("unlabelled", "label of their benchmark")):
+            lost = row[metric]["value"]
+            if lost and row["benchmark"] == row["kind"] == "all":
+                print(f"{row['stage']}, {row['prompt']}: {lost:.1%} of the cases have no {thing}")
 
 
 def read_results(folder):

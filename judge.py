@@ -519,7 +519,8 @@ class EndpointJudge:
         if finish == "length":
             raise Fault("cut off", "the reply was cut off: raise max_tokens in the judge's params")
         if not isinstance(text, str) or not text.strip():
-            raise Fault("empty", f"no text in choices[0].message.content: {said[:500]}")
+            why = "all of it is in reasoning_content" if "reasoning_content" in said else "no text"
+            raise Fault("empty", f"{why}, none in choices[0].message.content: {said[:500]}")
         return self._masked(text)
 
     async def _exchange(self, body):

@@ -467,6 +467,8 @@ def main(argv):
         raise ConfigError(f"usage: python safer.py {names} [flags], see python config.py --help")
     stage = argv[0]
     config = parse_config(argv[1:])
+    if config.dry_run:
+        raise ConfigError(f"--dry_run is for run.sh: bash run.sh {config.recipe} --dry_run")
     if stage not in config.stages.split(","):
         return print(f"{stage}: not among --stages {config.stages}")
     path = adapter_path(config, stage)
