@@ -14,8 +14,8 @@
 The planner (PAPERS 1.2) returns persona, tools and topology; its prompts and rules were not found,
 so both are ours, and so are the six kinds of perturbation: the paper says only that rejected
 responses inject errors of tool selection or tool execution. Every usable reply is kept in work/, so
-a second start goes on where the first one was. What became of an item, and why, is a row of
-work/items.jsonl.
+a second start goes on where the first one was. What became of an item that was drafted or planned,
+and why, is a row of work/items.jsonl.
 """
 
 import json
@@ -64,6 +64,7 @@ MARKS = ("task_success", "safety", "helpfulness", "tool_quality")
 ATTEMPTS = 2  # an illegal trace is sent back to the teacher with its faults once. Ours
 BATCH = 64  # items drafted and judged together
 BARE_REFUSAL = "I can't help with that."
+# Sets without a training split, or of which only the test split is known: never to train on.
 TEST_SETS = (
     "mmsafetybench mssbench siuo vlsbench mossbench toolkitbench pope mmvet mmmu mmstar mathvista"
 ).split()

@@ -56,16 +56,18 @@ class Config:
     )
     """the curriculum. Paper: SFT, DPO, GRPO; "sft,grpo" is an ablation (CN)"""
     resume: bool = True
-    """1: go on from the last checkpoint of an interrupted stage; 0: start the stage again"""
+    """1: go on from the last checkpoint of an interrupted stage; 0: start an unfinished stage from
+    its first step"""
     dry_run: bool = False
-    """1: check everything, print stages with estimated memory and time, and train nothing"""
+    """for run.sh alone: check everything, print stages with estimated memory and time, train
+    nothing"""
 
     # ---- model and memory
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of weights and activations; LoRA, losses and optimizer are always
     float32. Paper: bf16 (TK)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is one"""
+    """auto: CUDA where there is one; without one, 3b and 7b stop"""
     min_pixels: int = 3136
     """pixels an image is enlarged to at least, everywhere. Paper: 262,144 in training (TK), 338^2
     in evaluation (TK)"""
@@ -410,7 +412,8 @@ def sync(path):
 
 def write_whole(path, write):
     """Call write(path of a part file), bring it to the disk, give it its name: every file of a run
-    is written so. A kill or a power cut leaves the old file or the new one, whole.
+    is written so that is not appended to. A kill or a power cut leaves the old file or the new one,
+    whole.
 
     Raises OSError, with the old file as it was, when the disk is full or read-only.
     """

@@ -2,7 +2,7 @@
 
 A data set is a JSON-lines file, one record a line, images by path relative to the file. The
 released GRPO layout of SaFeR-ToolKit (a JSON list of {id, images, problem, answer}) is read too. A
-whole file is validated before anything trains: every problem is reported with its file, row and
+whole file is validated before anything trains: the first 20 problems are told with file, row and
 field.
 
 Three rules that other code bases learned the hard way:
@@ -54,7 +54,7 @@ SPECIAL_TOKENS = "<|im_start|> <|im_end|> <|vision_start|> <|image_pad|> <|visio
 
 
 class DataError(ValueError):
-    """Everything that is wrong with a data set, one line a problem."""
+    """What is wrong with a data set, a line a problem: the first 20, and how many more."""
 
 
 @dataclass(frozen=True)
@@ -530,7 +530,7 @@ def decode_response(ids, processor):
 def check_lengths(records, modes, processor, max_prompt, max_response):
     """Count the tokens of every record before training.
 
-    Returns the tokens of the longest prompt. Raises DataError naming every record over a limit, and
+    Returns the tokens of the longest prompt. Raises DataError naming the records over a limit, and
     every one that the planned prompt cannot be made for.
     """
     problems = []

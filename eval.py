@@ -10,8 +10,8 @@ The paper evaluates under a generic prompt that names no tool, so tool use must 
 metric is the share of samples that get the highest verdict, 3, in each dimension. A batch of
 prompts is answered, judged and appended to out/<run>/eval/<stage>-<prompt>.jsonl; a second start
 skips what is there. results.json has the numbers, each with a 95% bootstrap interval over cases.
-Departures: no repetition penalty (paper: 1.1), and a judge that fails leaves a sample out and is
-counted.
+Departures: no repetition penalty (paper: 1.1), and an empty response is judged (release: left out).
+A case whose judge failed is left out, as in the release, and counted.
 """
 
 import json
@@ -123,7 +123,7 @@ def answer_batch(config, model, processor, records, mode, kept):
     cases = []
     for record, (response,) in zip(records, in_order(sampled, prompts, 1)):
         check = response.check
-        answer_text = check.text if check.answer is None else check.answer
+        answer_text = check.answer_text
         row = {"id": record.id, "answer": None, "choices": None} | record.texts
         row |= {
             "kind": record.meta.get("kind", ""),
@@ -157,7 +157,7 @@ def judge_batch(judge, records, rows, cases):
         if row["group"] != "general":
             to_judge.append(place)
         request = None
-        if row["group"] != "own" and hasattr(judge, "ask"):  # toy oracle and labels cannot be asked
+        if row["group"] != "own" and hasattr(judge, "ask"):  # only an endpoint can be asked
             request = load_benchmarks().label_request(records[place], row["answer_text"])
         row["label_asked"] = request is not None
         if request:

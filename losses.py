@@ -111,14 +111,15 @@ def grpo_loss(
 
         ratio = exp(log pi - log old)
         gain  = min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
-        gain  = max(gain, dual_clip * A)                          where A < 0 (dual clip)
+        gain  = max(gain, dual_clip * A)              where A < 0 (Ye et al. 2020, 1912.09729)
         k3    = exp(log ref - log pi) - (log ref - log pi) - 1    estimates KL(pi || ref)
         loss  = reduce(-gain + kl_coef * k3)
 
     reduce: "token": sum over tokens / tokens; "sequence": mean over a response's tokens, then sum
     over responses / responses; "constant": sum over tokens / constant_length / responses (Dr.
-    GRPO). The divisor is `denominators(...)[mean]`. k3: joschu.net/blog/kl-approx.html. Log-ratios
-    are clamped to +-20 before exp, and counted. On policy, old_logprobs = logprobs.detach().
+    GRPO). The divisor is `denominators(...)[mean]`. clip_high over clip_low: DAPO (2503.14476). k3:
+    joschu.net/blog/kl-approx.html. Log-ratios are clamped to +-20 before exp (ours), and counted.
+    On policy, old_logprobs = logprobs.detach().
 
     Args: logprobs, old_logprobs, mask (S, T); ref_logprobs (S, T), or None without a KL term;
     advantages (S,); dual_clip: > 1, or 0 or None.

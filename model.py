@@ -1,8 +1,9 @@
 """Qwen2.5-VL: LoRA by hand, a forward over packed groups, token log-probabilities.
 
-transformers holds the weights and runs the vision tower. The language model's forward is written
-out here over those weights (`decoder_layer`, `run_layers`); training and sampling call the same
-layers with an attention of their own, and their log-probabilities agree up to rounding.
+transformers holds the weights and runs the vision tower, with window_attention in it. The language
+model's forward is written out here over those weights (`decoder_layer`, `run_layers`); training and
+sampling call the same layers with an attention of their own, and their log-probabilities agree up
+to rounding.
 
 A *group* is one prompt and its K responses. Groups are laid end to end without padding; each prompt
 is there once, and its responses follow, at positions that continue the prompt's:
@@ -297,7 +298,7 @@ def save_adapter(model, path, metadata):
     """
     layer = next(iter(lora_layers(model).values()))
     r = len(layer.A)
-    header = {"r": r, "alpha": layer.scale * r, "targets": TARGETS, "metadata": metadata}
+    header = {"r": r, "alpha": layer.scale * r, "metadata": metadata}
     write_tensors(path, lora_parameters(model), header)
 
 
@@ -564,7 +565,8 @@ def group_attention(sizes, i, q, k, v):
     Returns (N, H * D).
 
     The K responses of a group are K rows, right-padded: a padded key comes after every real query
-    of its row. causal_lower_right lets the first of R queries see the first P + 1 of P + R keys.
+    of its row; where padding would be most, each is a call of its own. causal_lower_right lets the
+    first of R queries see the first P + 1 of P + R keys.
     """
     repeat = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(repeat, dim=1)  # (N, H, D); not every CUDA kernel takes grouped heads

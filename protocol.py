@@ -318,6 +318,11 @@ class Check:
     values: dict[str, tuple[str, int]]  # field -> what it said last, and where
 
     @property
+    def answer_text(self) -> str:
+        """The answer block, or the whole response where there is none."""
+        return self.text if self.answer is None else self.answer
+
+    @property
     def legal(self) -> bool:
         return not self.violations
 

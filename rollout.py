@@ -13,12 +13,14 @@ admitted, then those of the tokens that it has drawn:
 A step feeds each row its last token, which becomes entry `lengths`, and draws the next one. A row
 that ends takes the next waiting sample in place. Each prompt is prefilled once for its K samples.
 
-Temperature is the only transform: no top-k, top-p or penalty exists here, and no generation config
-is read. Each sample draws from its own stream of random numbers, so what it says depends neither on
-the other rows nor on their number. Ours; the papers do not describe their samplers.
+Temperature and the ban of four vision tokens are the only transforms: no top-k, top-p or penalty
+exists here, and no generation config is read. Each sample draws from its own stream of random
+numbers, so up to rounding what it says depends neither on the other rows nor on their number. Ours;
+of the release it is known that it samples at temperature 1 (PAPERS 1.5).
 
 Letters in shapes: n rows, L layers, H heads, Hkv key/value heads, D head size, X entries of a row's
-cache, T most new tokens, C hidden size, V vocabulary.
+cache, T most new tokens, R response length, N and P tokens of a prefill and of a prompt, C hidden
+size, V vocabulary.
 """
 
 import hashlib
@@ -187,7 +189,7 @@ def choose(model, rows, banned, temperature):
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
 
-def record(rows, tokens, logprobs, end_of_turn):
+def note(rows, tokens, logprobs, end_of_turn):
     """Note the tokens (n,) and their log-probabilities; returns the rows that ended by them."""
     ended = []
     for row, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
@@ -293,7 +295,7 @@ def sample(
             # hidden predicts the token that choose draws; step feeds it
             tokens, logprobs = choose(model, rows, banned, temperature)
             longest = 1 + rows.lengths.max().item()
-            ended = record(rows, tokens, logprobs, end_of_turn)
+            ended = note(rows, tokens, logprobs, end_of_turn)
             for row in ended:
                 yield rows.owners[row]
                 rows.owners[row] = None
@@ -318,8 +320,8 @@ class Trajectory:
     """A response in its context, as it is judged and trained: a first one, or a correction."""
 
     prompt: Prompt  # the context
-    tokens: list[int]  # (T,) what the loss is on
-    logprobs: list[float]  # (T,) of the tokens in this context, at the sampling temperature
+    tokens: list[int]  # (R,) what the loss is on
+    logprobs: list[float]  # (R,) of the tokens in this context, at the sampling temperature
     finished: bool
     check: protocol.Check  # of the response; in a correction not of the reflection before it
     corrects: "Trajectory | None" = None
@@ -367,7 +369,7 @@ def correct(config, model, processor, trajectories, features, seeds):
     """One more turn for each of these trajectories, all together: the request, then the policy's
     reflection and its new response (PAPERS 2.3; the request, and both in one turn, are ours).
 
-    Args: trajectories: N, none is fine; seeds: N ints; the others as in `respond`.
+    Args: trajectories: may be none; seeds: one each; the others as in `respond`.
     Yields (number, 0, Trajectory), each as it ends: prompt is the chat so far, tokens are
     reflection and response.
     """
@@ -396,8 +398,8 @@ def first_of(trajectory):
 
 def as_first_response(correction, processor):
     """A correction as if it had been the first response (credit = prompt; ours): under the first
-    prompt, without reflection. It was not sampled there, so its log-probabilities are still those
-    of its own chat, and the caller computes them.
+    prompt, without reflection. It was not sampled there, so `logprobs` is empty until the caller
+    has computed them (safer.credit_prompt).
 
     One that was cut at max_tokens ends in no end-of-turn token, since none was sampled.
     """

@@ -37,7 +37,7 @@ from model import ModelError, adapters_off, micro_batches
 from reward import compute_reward, structured_reward
 from rollout import Trajectory, as_first_response, correct, first_of, respond
 from trainer import StageError, add, adapter_path, append_log, batch_at, check_finite, load_ahead
-from trainer import encode_images, make_judge, open_run, optimizer_step, report, save_checkpoint
+from trainer import encode_new, make_judge, open_run, optimizer_step, report, save_checkpoint
 from trainer import stable_hash, stage_steps, steps_of, token_logprobs, total, write_metrics
 
 # ---- SFT and DPO ---------------------------------------------------------------------------------
@@ -60,7 +60,8 @@ def tokenized_batch(run, records, step, names):
         responses = [encode_response(record.texts[name], run.processor) for name in names]
         ids.append(record.id)
         groups.append((prompt, responses))
-    return ids, groups, encode_images(run, groups)
+    prompts = [prompt for prompt, _ in groups]
+    return ids, groups, encode_new(run.model, prompts, run.features)
 
 
 def in_micro_batches(run, groups, beside):
@@ -173,7 +174,7 @@ def roll_out(run, judge, items, step):
         seed = stable_hash("sample", config.seed, step, epoch, record.id)
         groups.append(Group(record, prompt_mode(record, modes, epoch), seed, []))
         prompts.append(record_prompt(record, groups[-1].mode, run.processor))
-    features = encode_images(run, [(prompt, []) for prompt in prompts])
+    features = encode_new(run.model, prompts, run.features)
     sampled = respond(
         config,
         run.model,
@@ -222,6 +223,7 @@ def ask_judge(run, judge, groups, sampled):
         sampled_at = time.time()
 
     ask = judge.grade if run.config.reward == "structured" else judge.score
+    # ask runs cases() to its end, so `found` is whole when zip starts
     for (_, _, item), grades in zip(found, ask(cases())):
         item.grades = grades
     # All ranks sample at once, so their time is not added up; roll_out adds the denominator of the
@@ -287,7 +289,7 @@ def reward_group(run, group):
 
     NaN, and reward None: the judge failed, or the trajectory is left out: every unsafe one under
     --rollout discard, every corrected one under --unsafe drop, if its correction has a score
-    (PAPERS 2.4: corrections are in the group; who else is was not found).
+    (PAPERS 2.3: corrections are in the group; who else is was not found).
     """
     config = run.config
     scored = [item for item in group.trajectories if item.grades is not None]

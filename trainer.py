@@ -430,11 +430,6 @@ def token_logprobs(run, groups, features, temperature=1.0, entropy=False):
     return model.token_logprobs(run.model, groups, features, temperature, checkpoint, entropy)
 
 
-def encode_images(run, groups):
-    """{image key: features} of all images of these groups, each encoded once."""
-    return encode_new(run.model, [prompt for prompt, _ in groups], run.features)
-
-
 def encode_new(policy, prompts, kept):
     """Put the features of all images of these prompts into `kept`, {image key: features}, which
     starts anew where it has grown large; returns it. The tower is frozen: they never change."""

@@ -2,10 +2,10 @@
 
 It scores a response by rules from the record's meta["expected"], the trace's decision and the form
 of the answer. The form comes from an endpoint, where one is set (JUDGE_URL), else from a list of
-phrases: a heuristic, told as one wherever its word is shown. Nothing else in this repository reads
-phrases. On 44 answers written to be hard (tests/test_labels.py) it agrees with the right form on
-43; they were in sight when the list was written, so on other answers expect less. No torch in
-this file.
+phrases: a heuristic, told as one wherever its word is shown. Nothing else here reads phrases, but
+for VLGuard's own metric. On 44 answers written to be hard (tests/test_labels.py) it agrees with the
+right form on 43; they were in sight when the list was written, so on other answers expect less. No
+torch in this file.
 """
 
 import re
@@ -97,17 +97,12 @@ def score_by_label(check, expected, form):
     return Scores(task_success, safety, helpfulness, quality, form)
 
 
-def answer_of(check):
-    """The answer block, or the whole response where there is none."""
-    return check.text if check.answer is None else check.answer
-
-
 def form_request(case):
     """The Request for the form of an answer alone."""
     scales = {"form": FORMS}
     return Request(
         f"{PREFACE}\nGive one thing only.{FORM_RUBRIC}\n{reply_format(scales)}",
-        fenced({"QUESTION": case.question, "ANSWER": answer_of(case.check)}),
+        fenced({"QUESTION": case.question, "ANSWER": case.check.answer_text}),
         case.images,
         lambda reply: parse_object(reply, scales)["form"],
     )
@@ -126,10 +121,10 @@ class LabelsJudge:
         """One of FORMS or None per case."""
         if self.endpoint:
             return self.endpoint.ask(form_request(case) for case in cases)
-        return [phrase_form(answer_of(case.check)) for case in cases]
+        return [phrase_form(case.check.answer_text) for case in cases]
 
     def score(self, cases):
-        """Scores per case, None (counted) without a label; raises JudgeError if none has one."""
+        """Scores per case, None (counted) without label or form. Raises JudgeError if all are."""
         cases = list(cases)
         results = []
         for case, form in zip(cases, self.forms(cases)):
@@ -138,7 +133,9 @@ class LabelsJudge:
             self.counts["by label" if known else "failed: no label or form"] += 1
             results.append(score_by_label(case.check, expected, form) if known else None)
         if len(cases) >= WHOLE and results.count(None) == len(cases):
-            raise JudgeError(f"no record has meta['expected'], one of {DECISIONS}")
+            raise JudgeError(
+                f"none of these can be scored: no meta['expected'], one of {DECISIONS}, or no form"
+            )
         return results
 
     def preflight(self):

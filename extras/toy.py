@@ -509,7 +509,7 @@ class ToyJudge:
         self.counts["asked"] += 1
         case = case_of(item.meta)
         check = item.check
-        form = read_answer(case, check.text if check.answer is None else check.answer)
+        form = read_answer(case, check.answer_text)
         row = WORTH[f"{'dangerous' if case.danger else 'harmless'} {form}"]
         return case, form, [list(map(int, cell.split())) for cell in row]
 

@@ -316,7 +316,7 @@ def test_adapter_faults_are_named(tmp_path, changes):
 
 
 def test_a_flipped_bit_is_told(tmp_path):
-    """In any byte of a file: its header, its names, its values. What is read is what was written."""
+    """In any byte of a file: header, names, values. What is read is what was written."""
     tensors = {"b": torch.ones(3, 2), "step": torch.tensor(3.0)}
     path = tmp_path / "checkpoint"
     write_tensors(path, tensors, {"step": 3})
@@ -335,7 +335,7 @@ def test_a_flipped_bit_is_told(tmp_path):
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_what_is_not_finite_is_neither_written_nor_read(tmp_path, value):
-    """Guards: an adapter of NaN behind the last step, which nothing would show before its tables."""
+    """Guards: an adapter of NaN after the last step, which nothing would show before its tables."""
     model = with_lora(tiny_model())
     path = tmp_path / "adapter"
     save_adapter(model, path, {})
