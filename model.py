@@ -24,24 +24,19 @@ longest response of a batch, M response tokens in all.
 """
 
 import contextlib
-import json
 import math
-import zlib
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
-
-from config import write_whole
 
 TARGETS = (
     "self_attn.q_proj",
@@ -252,72 +247,6 @@ def merge_lora(model):
         weight.copy_(merged)
         parent, leaf = name.rsplit(".", 1)
         setattr(model.get_submodule(parent), leaf, layer.base)
-
-
-# ---- files of tensors ----------------------------------------------------------------------------
-
-
-def checksum(path, tensors, words):
-    """CRC-32 of the file that tensors and words make.
-
-    Raises ModelError where a value is not finite: none is written, and none is read.
-    """
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise ModelError(f"{path}: holds values that are not finite")
-    return str(zlib.crc32(save(tensors, words)))
-
-
-def write_tensors(path, tensors, header):
-    """Write {name: tensor}, and a header of plain values, to one safetensors file, whole or not at
-    all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    words = {"header": json.dumps(header)}
-    words["crc32"] = checksum(path, tensors, words)
-    write_whole(path, lambda part: save_file(tensors, part, metadata=words))
-
-
-def read_tensors(path):
-    """What write_tensors wrote -> ({name: tensor}, header). Files from before there was a checksum
-    have none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            words = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        written = words.pop("crc32", None)
-        if written not in (None, checksum(path, tensors, words)):
-            raise ValueError("its checksum is that of other values")
-        return tensors, json.loads(words["header"])
-    except (OSError, SafetensorError, AttributeError, LookupError, ValueError) as error:
-        raise ModelError(f"{path}: damaged, or not written by this program: {error!r}") from error
-
-
-def save_adapter(model, path, metadata):
-    """Write all A and B, float32, to a file; rank, alpha and metadata are in its header.
-
-    Tensors: `model.language_model.layers.<i>.<target>.A` (r, in) and `.B` (out, r).
-    """
-    layer = next(iter(lora_layers(model).values()))
-    r = len(layer.A)
-    header = {"r": r, "alpha": layer.scale * r, "metadata": metadata}
-    write_tensors(path, lora_parameters(model), header)
-
-
-@torch.no_grad()
-def load_adapter(model, path):
-    """Attach adapters of an adapter file's rank and alpha, with its values, to a model without any.
-
-    Raises ModelError, naming the first differences, when the file is of another model: tensors are
-    missing, unexpected or of another shape.
-    """
-    tensors, header = read_tensors(path)
-    attach_lora(model, header["r"], header["alpha"], seed=0)
-    mine = lora_parameters(model)
-    shapes = {(name, parameter.shape) for name, parameter in mine.items()}
-    wrong = shapes ^ {(name, tensor.shape) for name, tensor in tensors.items()}
-    if wrong:
-        raise ModelError(f"{path}: not of this model; these differ: {sorted(wrong)[:4]}")
-    for name, parameter in mine.items():
-        parameter.copy_(tensors[name])
 
 
 # ---- batches -------------------------------------------------------------------------------------

@@ -20,18 +20,21 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import data
 import model
-from config import STAGES, Config, ConfigError, fingerprint, guard, sync
+from config import STAGES, Config, ConfigError, fingerprint, guard, sync, write_whole
 from judge import judge_from_env
 
 PATIENCE = 60  # seconds that a rank waits for the others before it names them
@@ -161,7 +164,7 @@ def load_policy(config, stages, device):
 def merge_stages(config, policy, stages):
     """Merge the adapters of finished stages into a base model, one after the other."""
     for stage in stages:
-        model.load_adapter(policy, adapter_path(config, stage))
+        load_adapter(policy, adapter_path(config, stage))
         model.merge_lora(policy)
 
 
@@ -298,7 +301,7 @@ def save_checkpoint(run, step):
         sync(path)
         sizes[path.name] = path.stat().st_size
     path = run.folder / "checkpoint.safetensors"
-    model.write_tensors(path, tensors, {"step": step, "sizes": sizes})
+    write_tensors(path, tensors, {"step": step, "sizes": sizes})
 
 
 def load_checkpoint(run):
@@ -307,7 +310,7 @@ def load_checkpoint(run):
     path = run.folder / "checkpoint.safetensors"
     sizes = {}
     if run.config.resume and path.exists():
-        tensors, header = model.read_tensors(path)
+        tensors, header = read_tensors(path)
         run.first_step = header["step"]
         sizes = header["sizes"]
         for name, parameter in run.parameters.items():
@@ -321,6 +324,71 @@ def load_checkpoint(run):
         if run.rank == 0 and (run.folder / name).exists():
             path = run.folder / name
             os.truncate(path, min(path.stat().st_size, sizes.get(name, 0)))
+
+
+# ---- files of tensors ----------------------------------------------------------------------------
+
+
+def checksum(path, tensors, words):
+    """CRC-32 of the file that tensors and words make.
+
+    Raises ModelError where a value is not finite: none is written, and none is read.
+    """
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise model.ModelError(f"{path}: holds values that are not finite")
+    return str(zlib.crc32(save(tensors, words)))
+
+
+def write_tensors(path, tensors, header):
+    """Write {name: tensor}, and a header of plain values, to one safetensors file, whole or not at
+    all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    words = {"header": json.dumps(header)}
+    words["crc32"] = checksum(path, tensors, words)
+    write_whole(path, lambda part: save_file(tensors, part, metadata=words))
+
+
+def read_tensors(path):
+    """What write_tensors wrote -> ({name: tensor}, header)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            words = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if words.pop("crc32") != checksum(path, tensors, words):
+            raise ValueError("its checksum is that of other values")
+        return tensors, json.loads(words["header"])
+    except (OSError, SafetensorError, AttributeError, LookupError, ValueError) as error:
+        why = f"{path}: damaged, or not written by this program: {error!r}"
+        raise model.ModelError(why) from error
+
+
+def save_adapter(policy, path, metadata):
+    """Write all A and B, float32, to a file; rank, alpha and metadata are in its header.
+
+    Tensors: `model.language_model.layers.<i>.<target>.A` (r, in) and `.B` (out, r).
+    """
+    layer = next(iter(model.lora_layers(policy).values()))
+    r = len(layer.A)
+    header = {"r": r, "alpha": layer.scale * r, "metadata": metadata}
+    write_tensors(path, model.lora_parameters(policy), header)
+
+
+@torch.no_grad()
+def load_adapter(policy, path):
+    """Attach adapters of an adapter file's rank and alpha, with its values, to a model without any.
+
+    Raises ModelError, naming the first differences, when the file is of another model: tensors are
+    missing, unexpected or of another shape.
+    """
+    tensors, header = read_tensors(path)
+    model.attach_lora(policy, header["r"], header["alpha"], seed=0)
+    mine = model.lora_parameters(policy)
+    shapes = {(name, parameter.shape) for name, parameter in mine.items()}
+    wrong = shapes ^ {(name, tensor.shape) for name, tensor in tensors.items()}
+    if wrong:
+        raise model.ModelError(f"{path}: not of this model; these differ: {sorted(wrong)[:4]}")
+    for name, parameter in mine.items():
+        parameter.copy_(tensors[name])
 
 
 # ---- metrics, ranks ------------------------------------------------------------------------------
@@ -515,7 +583,7 @@ def steps_of(run, steps):
             signal.signal(number, handler)
     if done == steps and run.rank == 0:
         path = run.folder / "adapter.safetensors"
-        model.save_adapter(run.model, path, {"stage": run.stage, "steps": steps})
+        save_adapter(run.model, path, {"stage": run.stage, "steps": steps})
         (run.folder / "checkpoint.safetensors").unlink(missing_ok=True)
     if stop:
         report(run, f"{run.stage}: stopped after step {done} of {steps}; the same command goes on")

@@ -43,6 +43,7 @@ from trainer import (
     load_policy,
     pick_device,
     read_run,
+    read_tensors,
 )
 
 # Whole names, by a pattern: a list of the last words would also name the maps of the vision tower.
@@ -83,7 +84,7 @@ You are a helpful assistant.<|im_end|>
 def write_peft(folder, tensors, header, base):
     """An adapter as peft reads it.
 
-    Args: tensors, header: of model.read_tensors: A (r, in), B (out, r); {"r", "alpha"}.
+    Args: tensors, header: of trainer.read_tensors: A (r, in), B (out, r); {"r", "alpha"}.
     """
     folder.mkdir(parents=True)
     renamed = {}
@@ -284,7 +285,7 @@ def write_export(config, stages, folder):
     model, processor = load_policy(config, stages, device)
     adapters = []
     for stage in stages:
-        adapters.append(qwen.read_tensors(adapter_path(config, stage)))
+        adapters.append(read_tensors(adapter_path(config, stage)))
         write_peft(folder / f"adapter-{stage}", *adapters[-1], base)
     write_peft(folder / "adapter-sum", *sum_adapters(adapters), base)
 

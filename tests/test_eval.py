@@ -15,6 +15,7 @@ import data
 import eval as evaluation
 import model as qwen
 import rollout
+import trainer
 from config import ConfigError, write_text
 from extras import benchmarks
 from judge import JudgeError
@@ -101,7 +102,7 @@ def save_stage(world, folder, step):
     """A finished SFT stage whose adapter depends on `step`."""
     model = qwen.load_model(str(world / "base"), torch.float32, "cpu")
     qwen.attach_lora(model, 2, 4.0, seed=step)
-    qwen.save_adapter(model, folder / "sft" / "adapter.safetensors", {"stage": "sft"})
+    trainer.save_adapter(model, folder / "sft" / "adapter.safetensors", {"stage": "sft"})
 
 
 def test_answers_of_other_adapters_or_records_are_not_reused(run, world, monkeypatch):

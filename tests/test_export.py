@@ -17,6 +17,7 @@ from extras import export  # noqa: E402
 from extras.bench import plain_inputs  # noqa: E402
 import model as modeling  # noqa: E402
 import rollout  # noqa: E402
+import trainer  # noqa: E402
 from extras import toy_base  # noqa: E402
 from config import guard, parse_config  # noqa: E402
 from trainer import StageError, load_policy, read_run  # noqa: E402
@@ -41,7 +42,7 @@ def make_run(folder, dtype="float32"):
         for name, parameter in modeling.lora_parameters(model).items():
             if name.endswith(".B"):
                 parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
-        modeling.save_adapter(model, folder / stage / "adapter.safetensors", {"stage": stage})
+        trainer.save_adapter(model, folder / stage / "adapter.safetensors", {"stage": stage})
         modeling.merge_lora(model)
         guard(folder / stage, config, stage, {})
     return folder

@@ -181,7 +181,7 @@ def test_inputs_that_changed(run_folder, monkeypatch):
         for stage in ("sft", "dpo"):  # DPO on an SFT that was trained on another base
             with pytest.raises(ConfigError, match="base was"):
                 opened(run_folder, stage)
-    trainer.model.save_adapter(run.model, run_folder / "sft" / "adapter.safetensors", {})
+    trainer.save_adapter(run.model, run_folder / "sft" / "adapter.safetensors", {})
     with pytest.raises(ConfigError, match="sft adapter was"):
         opened(run_folder, "dpo")
 
