@@ -135,11 +135,11 @@ def plan_by_rules(signals: dict) -> tuple[Plan, str]:
     known |= dict.fromkeys(("wrapper", "scary", "unclear", "image"), (False, True))
     for key, value in signals.items():
         if value not in known.get(key, ()):
-            raise PlanError([f"Unknown signal {key}={value!r}; known: {known}."])
+            raise PlanError(f"Unknown signal {key}={value!r}; known: {known}.")
     harm = signals.get("harm", "none")
     image = signals.get("image", True)
     if harm in ("combined", "image-text") and not image:
-        raise PlanError([f"harm={harm} needs an image, but image is False."])
+        raise PlanError(f"harm={harm} needs an image, but image is False.")
     cues = [cue for cue in ("wrapper", "unclear", "scary") if signals.get(cue)]
     cue = (cues or ["plain"])[0]
     if harm != "none" and cue != "wrapper":
@@ -349,7 +349,7 @@ def draft(record, config, teacher, scorer=None):
             picture = open_image(path)
             urls.append(image_data_url(picture, config.min_pixels, config.max_pixels))
         plan, row["why"] = plan_item(record, teacher, urls)
-        row["plan"] = protocol.plan_to_dict(plan)
+        row["plan"] = vars(plan)
         if scorer is None:
             return row
         check = ask_teacher(record, plan, teacher, urls)

@@ -40,7 +40,6 @@ from data import (
     shown_plan,
 )
 from judge import DECLINES, Case, JudgeError
-from protocol import plan_to_dict
 from rollout import in_order, respond
 from trainer import (
     StageError,
@@ -129,7 +128,7 @@ def answer_batch(config, model, processor, records, mode, kept):
             "kind": record.meta.get("kind", ""),
             "question": record.question,
             "images": list(record.images),
-            "plan": record.plan and plan_to_dict(record.plan),
+            "plan": record.plan and vars(record.plan),
             "meta": record.meta,
             "expected": record.meta.get("expected"),
             "prompt": processor.tokenizer.decode(response.prompt.ids),

@@ -16,11 +16,11 @@ the trace could not be checked. Standard library only.
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 TIERS = ("perception", "reasoning", "decision")
-TOPOLOGIES = ("linear", "tree", "mesh", "shield", "loop")
+TOPOLOGIES = "linear tree mesh shield loop".split()
 GATE = "SAFETY-GATE"
 LOOP_ROUNDS = 2  # a loop may look at the evidence this many times
 MAX_VALUE = 300  # characters in one field; a longer one is no observation but a second answer
@@ -111,11 +111,7 @@ FILLERS = set(
 
 
 class PlanError(ValueError):
-    """A plan that cannot be walked; `problems` has one sentence for each thing that is wrong."""
-
-    def __init__(self, problems):
-        super().__init__("bad plan: " + " ".join(problems))
-        self.problems = tuple(problems)
+    """A plan that cannot be walked: a sentence for each thing that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -186,22 +182,17 @@ def make_plan(persona, tools, topology) -> Plan:
     """A validated Plan. Raises PlanError with a sentence for every problem, wrong types too."""
     names = tools if isinstance(tools, (list, tuple)) else [None]
     if not all(isinstance(word, str) for word in (persona, topology, *names)):
-        raise PlanError(["persona and topology must be strings, tools a list of tool names."])
+        raise PlanError("persona and topology must be strings, tools a list of tool names.")
     problems = _plan_problems(persona, tools, topology)
     if problems:
-        raise PlanError(problems)
+        raise PlanError(" ".join(problems))
     return Plan(persona, tuple(tools), topology)
 
 
-def plan_to_dict(plan: Plan) -> dict:
-    """The plan as a dict that `json.dumps` takes and `plan_from_dict` reads back."""
-    return asdict(plan) | {"tools": list(plan.tools)}
-
-
 def plan_from_dict(value) -> Plan:
-    """Inverse of `plan_to_dict`. Raises PlanError on other keys and bad plans."""
+    """A plan from its JSON object, vars(plan). Raises PlanError on other keys and bad plans."""
     if not isinstance(value, dict) or set(value) != {"persona", "tools", "topology"}:
-        raise PlanError(["A plan is an object with the keys persona, tools and topology."])
+        raise PlanError("A plan is an object with the keys persona, tools and topology.")
     return make_plan(**value)
 
 
@@ -252,15 +243,15 @@ def plan_graph(plan: Plan) -> Graph:
     loop    mesh plus reasoning -> perception, at most LOOP_ROUNDS rounds; each round may call a
             tool again.
     Raises PlanError when the plan was built by hand and is not valid."""
-    make_plan(plan.persona, plan.tools, plan.topology)  # raises where it is not valid
+    make_plan(**vars(plan))  # raises where it is not valid
     return _build_graph(plan.tools, plan.topology)
 
 
 @lru_cache(4096)
 def _fitting_graphs(tools):
     """The graphs that these tools can fill: what a trace without a plan is held against."""
-    fitting = [topology for topology in TOPOLOGIES if not _shape_problems(tools, topology)]
-    return [_build_graph(tools, topology) for topology in fitting]
+    fitting = [name for name in TOPOLOGIES if not _shape_problems(tools, name)]
+    return [_build_graph(tools, name) for name in fitting]
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -334,18 +325,11 @@ class Check:
 
 
 def _report(found, kind, line, text, message):
-    cut = text if len(text) <= 80 else text[:77] + "..."
-    found.append(Violation(kind, line, cut, message))
+    found.append(Violation(kind, line, text[:80], message))
 
 
 def _says_something(block):
     return any(mark.isalnum() and mark not in INVISIBLE for mark in block)
-
-
-def _hides_something(text):
-    """Whether it holds control characters, or zero-width, direction, tag or invisible ones."""
-    marks = set(text) - set("\n\r\t")
-    return bool(marks & INVISIBLE) or any(unicodedata.category(x) in ("Cc", "Cf") for x in marks)
 
 
 def _split_blocks(response, found):
@@ -389,7 +373,9 @@ def _split_blocks(response, found):
             answer = "".join(pieces[opened + 1 : closed])
             if not _says_something(answer):
                 report("empty", opened, "<answer>", "The answer block says nothing.")
-            if _hides_something(answer):
+            marks = set(answer) - set("\n\r\t")
+            # control, zero-width, direction and tag signs
+            if marks & INVISIBLE or {"Cc", "Cf"} & set(map(unicodedata.category, marks)):
                 report("format", opened, answer, "The answer holds invisible characters.")
     return thinking, line, answer
 
@@ -645,6 +631,6 @@ def check(response: str, plan: Plan | None = None) -> Check:
 def with_answer_form(checked: Check, form: str | None) -> Check:
     """The check, with the contradictions between its trace and the form of its answer (judge.FORMS;
     None where nobody says)."""
-    found = list(checked.violations)
+    found = checked.violations[:]
     _check_clashes(ANSWER_CLASHES, checked.values | {"answer": (form, 0)}, found)
     return replace(checked, violations=found)

@@ -44,7 +44,6 @@ from data import (
 )
 from eval import read_sets
 from judge import Case, JudgeError, open_image
-from protocol import plan_to_dict
 from reward import structured_reward
 from rollout import in_order, respond
 from trainer import (
@@ -287,7 +286,7 @@ def record_row(record, folder):
         "id": record.id,
         "images": [os.path.relpath(path, folder) for path in record.images],
         "question": record.question,
-        "plan": record.plan and plan_to_dict(record.plan),
+        "plan": record.plan and vars(record.plan),
         "meta": record.meta,
     }
 

@@ -133,7 +133,7 @@ def change_row(row, kind, value):
         (walk,) = TOPOLOGY_WALKS[value]
         tools = TOPOLOGY_WALKS["linear"][0].split()
         plan = protocol.make_plan("analyst", tools, value)
-        row = row | {"plan": protocol.plan_to_dict(plan)}
+        row = row | {"plan": vars(plan)}
         # what the teacher said, its faults included; the truth where it made no such call
         said = toy.truth(toy.case_of(row["meta"])) | dict(calls)
         calls = [(tool, said[tool]) for tool in walk.split()]

@@ -339,7 +339,7 @@ def toy_record(name, case, plan, rng, folder):
         "signals": toy.signals(case),
         "case": asdict(case),
     }
-    plan = protocol.plan_to_dict(plan)
+    plan = vars(plan)
     return {"id": name, "images": [path], "question": case.question, "plan": plan, "meta": meta}
 
 

@@ -17,7 +17,7 @@ from extras.toy_base import build_toy
 def row_of(case):
     plan = build.plan_by_rules(toy.signals(case))[0]
     return {
-        "plan": protocol.plan_to_dict(plan),
+        "plan": vars(plan),
         "response": protocol.render_response(toy.right_calls(case), toy.right_answer(case)),
         "meta": {"case": case.__dict__},
     }

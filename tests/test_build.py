@@ -170,7 +170,7 @@ class Script:
             return good if self.flat else json.dumps(asdict(oracle_scores(case, response)))
         if system.startswith("Plan"):
             plan, _ = build.plan_by_rules(toy.signals(case))
-            return "no plan" if number % 10 == 4 else json.dumps(protocol.plan_to_dict(plan))
+            return "no plan" if number % 10 == 4 else json.dumps(vars(plan))
         if (number % 7 == 5 and not told) or number % 14 == 12:
             return "Sorry, I forgot the form."
         if number == 10:

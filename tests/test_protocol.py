@@ -563,7 +563,8 @@ def test_bad_plans_each_name_their_own_problem(persona, tools, topology, message
 def test_all_problems_of_a_plan_come_at_once():
     with pytest.raises(PlanError) as error:
         make_plan("boss", ["ORACLE", "VISUAL-SCAN", "VISUAL-SCAN"], "star")
-    assert len(error.value.problems) == 6  # persona, topology, tool, repetition, two empty tiers
+    for words in ("persona", "topology", "Unknown tool", "Repeated tool", "no reasoning", "no dec"):
+        assert words in str(error.value)
     with pytest.raises(PlanError):
         check("x", protocol.Plan("helper", ("VISUAL-SCAN",), "mesh"))  # built past make_plan
 
@@ -572,11 +573,11 @@ def test_plans_round_trip_through_json_strictly():
     rng = random.Random(3)
     for topology in TOPOLOGIES:
         plan = random_plan(topology, rng)
-        record = protocol.plan_to_dict(plan)
+        record = vars(plan)
         assert protocol.plan_from_dict(json.loads(json.dumps(record))) == plan
     changes = [{"why": "x"}, {"tools": "VISUAL-SCAN"}, {"tools": [1]}, {"tools": {"a": 1}}]
     changes += [{"persona": None}, {"topology": []}]
-    record = protocol.plan_to_dict(plan)
+    record = vars(plan)
     bad = [None, [], "plan", {"persona": "helper"}, *[record | change for change in changes]]
     for value in bad:
         with pytest.raises(PlanError):

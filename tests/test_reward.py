@@ -260,7 +260,7 @@ def test_trl_calls_the_bridge(chat):
         prompts = [[system, {"role": "user", "content": parts}]] * 3
     judge = FakeJudge()
     safer_reward = make_trl_reward(judge)
-    plan = protocol.plan_to_dict(PLAN)
+    plan = vars(PLAN)
     totals = safer_reward(
         prompts=prompts,
         completions=completions,
@@ -309,7 +309,7 @@ def test_trl_trains_by_the_reward(request, tmp_path, as_text):
             row = {"prompt": "look:", "question": record.question}
         row["image_paths"] = stored(list(record.images))
         row["meta"] = stored(record.meta)
-        row["plan"] = stored(protocol.plan_to_dict(record.plan)) if len(rows) % 2 else None
+        row["plan"] = stored(vars(record.plan)) if len(rows) % 2 else None
         rows.append(row)
     tokenizer = load_processor(world / "base", 3136, 3136).tokenizer
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -347,7 +347,7 @@ def test_trl_trains_by_the_reward(request, tmp_path, as_text):
 def test_easyr1_calls_the_bridge():
     """EasyR1 passes response, response_length and ground_truth (text); needs `overall` back."""
     record = {"id": "a", "question": "May I eat this?", "images": ["a.png"], "response": "old"}
-    truth = json.dumps(record | {"plan": protocol.plan_to_dict(PLAN), "meta": {}})
+    truth = json.dumps(record | {"plan": vars(PLAN), "meta": {}})
     judge = FakeJudge()
     row = {"response": BROKEN, "response_length": 9, "ground_truth": truth}
     scores = compute_score([row] * 2, judge=judge)
