@@ -52,7 +52,10 @@ def main(argv):
         images = (args.image,)
     else:
         path = set_path(config.data or Path(config.out) / "data", "eval")
-        record = read_records(path, "eval")[args.example]
+        records = read_records(path, "eval")
+        if args.example not in range(len(records)):
+            raise StageError(f"--example {args.example}: {path} has {len(records)}, from 0 on")
+        record = records[args.example]
         images = record.images
         print(f"pictures: {images}\n> {record.question}")
         show_answer(config, model, processor, record, args)
@@ -66,4 +69,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_command(main, IndexError, ValueError, StageError, qwen.ModelError)
+    run_command(main, ValueError, StageError, qwen.ModelError)

@@ -61,6 +61,7 @@ BASE_FILES = (  # no base has all of them
     "chat_template.jinja",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
+    "processor_config.json",  # transformers 5 saves both in it
 )
 # Between transformers' forward and ours, as a share of the largest logit.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -129,7 +130,10 @@ def write_json(path, value):
 
 
 def edit_json(path, **changes):
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | changes)
+    """Change values of a file, or of the image processor in it."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    value.get("image_processor", value).update(changes)
+    write_json(path, value)
 
 
 def write_model(folder, model, processor, config):
@@ -153,12 +157,13 @@ def write_model(folder, model, processor, config):
             continue
     edit_json(folder / "config.json", torch_dtype=config.dtype, dtype=config.dtype)
     limits = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
-    edit_json(
-        folder / "preprocessor_config.json",
-        min_pixels=config.min_pixels,  # older libraries read this pair, newer ones `size`
-        max_pixels=config.max_pixels,
-        size=limits,
-    )
+    for path in folder.glob("p*rocessor_config.json"):
+        edit_json(
+            path,
+            min_pixels=config.min_pixels,  # older libraries read this pair, newer ones `size`
+            max_pixels=config.max_pixels,
+            size=limits,
+        )
     if processor.tokenizer.chat_template is None:
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
@@ -308,8 +313,8 @@ def main(argv):
     parser.add_argument("--to", required=True, type=Path, help="a new folder")
     args = parser.parse_args(argv)
     config, stages = read_run(args.run)
-    if args.to.exists() and any(args.to.iterdir()):
-        raise StageError(f"{args.to}: is not empty; name a new folder")
+    if args.to.exists() and (args.to == Path() or any(args.to.iterdir())):
+        raise StageError(f"{args.to}: is not empty, or where you are; name a new folder")
     args.to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{args.to.name}.", dir=args.to.parent) as work:
         folder = Path(work) / "export"

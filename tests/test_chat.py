@@ -75,7 +75,10 @@ def test_temperature(run_folder, monkeypatch, capsys):
     assert talk(monkeypatch, capsys, [], run_folder, "--temperature", 1) != outs[0]
 
 
-def test_a_stage_that_is_not_there(run_folder):
-    """Guards: a chat with another stage than the one that was asked for."""
+def test_what_is_not_there(run_folder):
+    """Guards: a chat with another stage, or about another record, than was asked for."""
     with pytest.raises(StageError, match="no finished grpo"):
         chat.main([str(run_folder), "--stage", "grpo"])
+    for number in ("2", "-1"):
+        with pytest.raises(StageError, match=f"--example {number}: .*eval.jsonl has 2, from 0 on"):
+            chat.main([str(run_folder), "--example", number])

@@ -177,12 +177,21 @@ def test_card_shows_results(tmp_path):
     ]
 
 
-def test_bfloat16_run(tmp_path):
+def test_bfloat16_run_of_a_base_that_transformers_5_saved(tmp_path):
     """Guards: a check that only float32 passes, and weights that are written in another dtype than
-    the run's."""
-    export.main([str(make_run(tmp_path / "run", "bfloat16")), "--to", str(tmp_path / "out")])
-    written = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    the run's; a base with one file for all its processors, and limits that do not reach into it."""
+    run = make_run(tmp_path / "run", "bfloat16")
+    apart = run / "base" / "preprocessor_config.json"
+    parts = {"image_processor": json.loads(apart.read_text()), "processor_class": "any"}
+    apart.with_name("processor_config.json").write_text(json.dumps(parts))
+    apart.unlink()
+    export.main([str(run), "--to", str(tmp_path / "out")])
+    model = tmp_path / "out" / "model"
+    written = load_file(model / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert not (model / "preprocessor_config.json").exists()
+    size = data.load_processor(model, 1, 2).image_processor.size
+    assert dict(size) == {"shortest_edge": 3136, "longest_edge": 3136}
 
 
 def test_what_is_refused_at_export(run_folder, exported, tmp_path, monkeypatch):
@@ -191,6 +200,9 @@ def test_what_is_refused_at_export(run_folder, exported, tmp_path, monkeypatch):
     with pytest.raises(StageError, match="is not empty"):
         export.main([str(run_folder), "--to", str(exported)])
     target = str(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StageError, match=r"^\.: is not empty, or where you are"):
+        export.main([str(run_folder), "--to", "."])
     with pytest.raises(StageError, match="no finished stage"):
         export.main([str(tmp_path), "--to", target])
     with pytest.raises(StageError, match="no finished grpo .finished: sft, dpo"):
