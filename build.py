@@ -30,7 +30,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import protocol
-from config import ConfigError, fingerprint, guard, parse_config, run_command, write_text
+from config import ConfigError, fingerprint, guard, parse_config, refuse_dry_run, run_command
+from config import write_text
 from data import (
     SETS,
     DataError,
@@ -481,6 +482,7 @@ def main(argv):
     Flags as in config.py; the folder by --data or DATA. Raises DataError on bad raw data,
     ConfigError on a folder made otherwise, JudgeError when teacher or judge is down."""
     config = parse_config(argv)
+    refuse_dry_run(config)
     name = config.data or os.environ.get("DATA", "")
     if not name:
         raise ConfigError("build.py builds from your data: give --data FOLDER with a raw.jsonl")

@@ -287,13 +287,14 @@ FREE = (
     " eval_limit eval_prompts"
 ).split()
 BINDING = [field.name for field in dataclasses.fields(Config) if field.name not in FREE]
-BINDING += ["JUDGE_MODEL"]
+BINDING += ["JUDGE_MODEL", "JUDGE_PARAMS"]
 # Step -> the settings that it depends on. Config has them in the order of the curriculum, so a
 # stage's are all above those of the next one. Of QI-Box the model is one of the inputs.
 NEEDS = {
     "build": "seed min_pixels max_pixels max_response".split(),
     "qibox": (
-        "seed min_pixels max_pixels max_response dtype temperature judge JUDGE_MODEL filtered"
+        "seed min_pixels max_pixels max_response dtype temperature judge JUDGE_MODEL"
+        " JUDGE_PARAMS filtered"
         " weight_reasoning weight_logic weight_grounding weight_safety penalties"
         " curate qi_samples qi_low qi_high qi_unstable"
     ).split(),
@@ -373,9 +374,11 @@ def check_config(config):
             config.qi_low <= config.qi_high <= 1 and config.qi_unstable <= 1
         ),
         "--weight_reasoning: must be 1 at most": config.weight_reasoning <= 1,
-        "--reward structured needs a judge that grades; labels cannot: use --judge endpoint": (
-            not structured or config.judge != "labels"
+        "--reward structured and --curate qibox need a judge that grades; labels cannot": (
+            config.judge != "labels" or not (structured or config.curate == "qibox")
         ),
+        "--seed: expected less than 2^63": config.seed < 2**63,
+        "--warmup, --clip_low: expected 1 at most": max(config.warmup, config.clip_low) <= 1,
         "--rollout reflect and discard need the judge's safety flag: use --reward structured": (
             structured or config.rollout == "plain"
         ),
@@ -387,6 +390,12 @@ def check_config(config):
     wrong = [message for message, holds in rules.items() if not holds]
     if wrong:
         raise ConfigError("\n".join(wrong))
+
+
+def refuse_dry_run(config):
+    """Raises ConfigError: the check before a run is run.sh's."""
+    if config.dry_run:
+        raise ConfigError(f"--dry_run is for run.sh: bash run.sh {config.recipe} --dry_run")
 
 
 def run_folder(config, plain):
@@ -457,8 +466,9 @@ def guard(folder, config, step, inputs, write=True):
     ConfigError, naming every difference.
     """
     path = Path(folder) / "config.json"
-    judge = os.environ.get("JUDGE_MODEL", "") if config.judge != "toy" else ""
-    settings = vars(config) | {"JUDGE_MODEL": judge}
+    settings = dict(vars(config))
+    for name in ("JUDGE_MODEL", "JUDGE_PARAMS"):
+        settings[name] = os.environ.get(name, "") if config.judge != "toy" else ""
     now = {name: settings[name] for name in NEEDS[step]} | inputs
     found = {"settings": settings, "inputs": inputs, **versions()}
     try:
@@ -509,7 +519,10 @@ def run_command(main, *errors):
 def main(argv):
     """Print the settings that the flags give; for run.sh, with --get NAME first, one of them."""
     if argv[:1] == ["--get"]:
-        return print(getattr(parse_config(argv[2:]), argv[1]))
+        settings = vars(parse_config(argv[2:]))
+        if not argv[1:] or argv[1] not in settings:
+            raise ConfigError(f"--get NAME: one of {', '.join(settings)}")
+        return print(settings[argv[1]])
     print(json.dumps(vars(parse_config(argv)), indent=1, ensure_ascii=False))
 
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model as qwen
-from config import ConfigError, guard, parse_config, run_command, write_text
+from config import ConfigError, guard, parse_config, refuse_dry_run, run_command, write_text
 from data import (
     DataError,
     append_jsonl,
@@ -44,6 +44,7 @@ from rollout import in_order, respond
 from trainer import (
     StageError,
     adapter_path,
+    check_judge,
     encode_new,
     gather,
     join_ranks,
@@ -184,6 +185,7 @@ def evaluate_rows(config, model, processor, judge, records, mode, path, rank, wo
         batch = left[start : start + size][rank::world]
         new, cases = answer_batch(config, model, processor, batch, mode, kept)
         judge_batch(judge, batch, new, cases)
+        check_judge(judge)
         new = sum(gather(new), [])
         rows |= {row["id"]: row for row in new}
         if rank == 0:
@@ -335,9 +337,14 @@ def read_results(folder):
     """results.json of a finished run."""
     path = Path(folder) / "results.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StageError(f"{path}: missing or damaged ({error}); run eval.py") from error
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for row in rows:
+            _ = [row[name] for name in ("stage", "prompt", "benchmark", "kind", "own", *SHOWN)]
+        return rows
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise StageError(
+            f"{path}: missing, damaged or of another version ({error!r}); run eval.py"
+        ) from error
 
 
 def mean_and_spread(values):
@@ -372,6 +379,7 @@ def print_means(folders):
 
 def evaluate(config):
     """Answer and judge on all ranks, merging one adapter after the other; rank 0 prints."""
+    refuse_dry_run(config)
     records = []
     inputs = {}
     for name, members in read_sets(config).items():

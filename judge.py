@@ -55,7 +55,11 @@ FATAL_ROW = 20  # so many requests in a row that failed for good mean a dead jud
 HARMLESS = ("failed: image", "failed: filtered", "failed: empty")
 MAX_REPLY = 1 << 22  # bytes
 # What some servers call it when a filter of theirs refuses a request.
-FILTERS = re.compile(r"content_?filter|content_policy|data_inspection_failed|safety_filter", re.I)
+FILTERS = re.compile(
+    r"content_?filter|content_policy|data_inspection_failed|safety_filter|content exists risk"
+    r"|requires moderation|input was flagged|invalid_prompt",
+    re.I,
+)
 
 
 @dataclass(frozen=True)
@@ -363,8 +367,12 @@ def judge_from_env(cache_dir, prefix="JUDGE", params=DEFAULT_PARAMS, filtered="d
         )
     try:
         params = params | dict(json.loads(written)) if written else params
+        if {"model", "messages"} & params.keys():
+            raise ValueError
     except (ValueError, TypeError):
-        raise JudgeError(f"{prefix}_PARAMS must be a JSON object, not {written!r}") from None
+        raise JudgeError(
+            f"{prefix}_PARAMS must be a JSON object without model: {written!r}"
+        ) from None
     role = prefix.lower()
     return EndpointJudge(url, model, key, cache_dir, params=params, filtered=filtered, role=role)
 
@@ -405,6 +413,7 @@ class EndpointJudge:
         self.counts = Counter()  # answered, cached, retried: <reason>, failed: <reason>
         self.examples = {}  # "failed: <reason>" or "retried: <reason>" -> its latest message
         self.failed_in_a_row = 0
+        self.stopped = False
         self.lock = threading.Lock()
         self.tls = ssl.create_default_context()  # once: it takes longer than a request
 
@@ -442,8 +451,14 @@ class EndpointJudge:
                     return request.worst
                 return None
 
-        with ThreadPoolExecutor(self.threads) as pool:
+        pool = ThreadPoolExecutor(self.threads)
+        try:
             return list(pool.map(one, requests))
+        except BaseException:  # Ctrl-C: nothing more is sent, what is under way is not waited for
+            self.stopped = True
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def chat(self, messages, parse=str, cached=True):
         """parse(the model's text for OpenAI-style messages).
@@ -462,7 +477,7 @@ class EndpointJudge:
             except Exception:  # missing, or as good as that: it is written anew
                 pass
         for attempt in range(self.retries + 1):
-            if self.failed_in_a_row >= FATAL_ROW:
+            if self.stopped or self.failed_in_a_row >= FATAL_ROW:
                 raise JudgeError(
                     f"{self.name} is given up: {self.failed_in_a_row} requests failed in a row. "
                     f"Latest by reason: {self.examples}"
@@ -510,25 +525,26 @@ class EndpointJudge:
             message = self._masked(f"{type(error).__name__}: {error}")
             raise Fault("connection", message) from None
         said = self._masked(payload.decode(errors="replace"))
-        finish = None
-        try:
-            choice = json.loads(payload)["choices"][0]
-            finish = choice.get("finish_reason")
-            text = choice["message"]["content"]
-        except Exception:  # no such thing in it
-            text = None
-        problem = f"the server answered {status}: {said[:500]}"
-        if finish == "content_filter" or status == 400 and FILTERS.search(said):
+        problem = f"the server answered {status}: {said[:500]!r}"
+        if status in (400, 403, 451) and FILTERS.search(said):
             raise Fault("filtered", problem, retry=False)
         if status != 200:
             asked = headers.get("Retry-After", "")
             wait = float(asked) if asked.isdecimal() else 0.0
             raise Fault(f"http {status}", problem, status in (408, 429) or status >= 500, wait)
+        try:
+            choice = json.loads(payload)["choices"][0]
+            finish = choice.get("finish_reason")
+            text = choice["message"]["content"]
+        except Exception:  # a login page, another service
+            raise Fault("not a completion", problem) from None
+        if finish == "content_filter":
+            raise Fault("filtered", problem, retry=False)
         if finish == "length":
             raise Fault("cut off", "the reply was cut off: raise max_tokens in the judge's params")
         if not isinstance(text, str) or not text.strip():
             why = "all of it is in reasoning_content" if "reasoning_content" in said else "no text"
-            raise Fault("empty", f"{why}, none in choices[0].message.content: {said[:500]}")
+            raise Fault("empty", f"{why}, none in choices[0].message.content: {said[:500]!r}")
         return self._masked(text)
 
     async def _exchange(self, body):

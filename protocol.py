@@ -314,11 +314,11 @@ class Check:
         return self.text if self.answer is None else self.answer
 
     @property
-    def legal(self) -> bool:
+    def legal(self):
         return not self.violations
 
     @property
-    def decision(self) -> str | None:
+    def decision(self):
         """What the first call of the gate says, or None: a second one is a repeated call."""
         value, _ = self.values.get("decision", (None, 0))
         return value
@@ -373,7 +373,10 @@ def _split_blocks(response, found):
             answer = "".join(pieces[opened + 1 : closed])
             if not _says_something(answer):
                 report("empty", opened, "<answer>", "The answer block says nothing.")
-            marks = set(answer) - set("\n\r\t")
+            # joiners of Persian, Hindi and emoji stand between letters outside ASCII
+            marks = set(re.sub(r"(?<=[^\0-~])[\u200c\u200d](?=[^\0-~])", "", answer)) - set(
+                "\n\r\t"
+            )
             # control, zero-width, direction and tag signs
             if marks & INVISIBLE or {"Cc", "Cf"} & set(map(unicodedata.category, marks)):
                 report("format", opened, answer, "The answer holds invisible characters.")

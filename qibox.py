@@ -47,6 +47,7 @@ from judge import Case, JudgeError, open_image
 from reward import structured_reward
 from rollout import in_order, respond
 from trainer import (
+    check_judge,
     StageError,
     load_policy,
     lock_folder,
@@ -190,7 +191,9 @@ def score(config, folder, pool):
     guard(folder, config, "qibox", inputs)
     for start in tqdm(range(0, len(records), BATCH), desc="qibox: scoring", mininterval=1):
         batch = records[start : start + BATCH]
-        append_jsonl(path, grade_batch(config, model, processor, judge, batch))
+        rows = grade_batch(config, model, processor, judge, batch)
+        check_judge(judge)
+        append_jsonl(path, rows)
     print(f"qibox: {path}: {len(records)} records scored; judge {dict(judge.counts)}")
 
 

@@ -65,7 +65,7 @@ flags+=("$@")
 if [ "$recipe" != test ] && [ "$recipe" != ablate ]; then
   settings=$("$first_python" config.py "${flags[@]}")
   for word in "$@"; do
-    if [ "$word" = --help ]; then echo "$settings"; exit 0; fi
+    if [ "$word" = --help ] || [ "$word" = -h ]; then echo "$settings"; exit 0; fi
   done
 fi
 setting() { "$first_python" config.py --get "$1" "${flags[@]}"; }

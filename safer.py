@@ -29,14 +29,23 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import losses
-from config import STAGES, ConfigError, guard, parse_config, run_command
+from config import STAGES, ConfigError, guard, parse_config, refuse_dry_run, run_command
 from data import DataError, Record, encode_response, prompt_mode, read_records
 from data import record_prompt, set_path, shown_plan
 from judge import Case, JudgeError
 from model import ModelError, adapters_off, micro_batches
 from reward import compute_reward, structured_reward
 from rollout import Trajectory, as_first_response, correct, first_of, respond
-from trainer import StageError, add, adapter_path, append_log, batch_at, check_finite, load_ahead
+from trainer import (
+    StageError,
+    add,
+    check_judge,
+    adapter_path,
+    append_log,
+    batch_at,
+    check_finite,
+    load_ahead,
+)
 from trainer import encode_new, make_judge, open_run, optimizer_step, report, save_checkpoint
 from trainer import stable_hash, stage_steps, steps_of, token_logprobs, total, write_metrics
 
@@ -145,6 +154,7 @@ def train_grpo(run, records):
         judge_error = None
         try:
             groups, features = roll_out(run, judge, sum(updates, []), step)
+            check_judge(judge)
         except JudgeError as error:
             judge_error = error
         if total(run, judge_error is not None):  # all ranks leave together
@@ -469,8 +479,7 @@ def main(argv):
         raise ConfigError(f"usage: python safer.py {names} [flags], see python config.py --help")
     stage = argv[0]
     config = parse_config(argv[1:])
-    if config.dry_run:
-        raise ConfigError(f"--dry_run is for run.sh: bash run.sh {config.recipe} --dry_run")
+    refuse_dry_run(config)
     if stage not in config.stages.split(","):
         return print(f"{stage}: not among --stages {config.stages}")
     path = adapter_path(config, stage)

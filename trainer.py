@@ -91,7 +91,7 @@ def pick_device(config):
 
 def join_ranks(device):
     """(rank, world), and the process group where torchrun started several processes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1
     _, rank, world = open_board()
     if not dist.is_initialized():
@@ -132,7 +132,7 @@ def make_judge(config):
 
         return ToyJudge()
     endpoint = None
-    if config.judge == "endpoint" or os.environ.get("JUDGE_URL"):
+    if config.judge == "endpoint" or os.environ.get("JUDGE_URL") or os.environ.get("JUDGE_MODEL"):
         cache = os.path.join(config.out, "judge_cache")
         endpoint = judge_from_env(cache, filtered=config.filtered)
     if config.judge == "labels":
@@ -140,6 +140,13 @@ def make_judge(config):
 
         return LabelsJudge(endpoint)
     return endpoint
+
+
+def check_judge(judge):
+    """Before what was judged is kept: a server whose last requests failed must still be there.
+    Raises JudgeError."""
+    if getattr(judge, "failed_in_a_row", 0):
+        judge.preflight()
 
 
 def base_folder(config):
@@ -205,8 +212,8 @@ def read_run(out, last=None):
     path = Path(out) / last / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        del settings["JUDGE_MODEL"]  # guard adds it
-        config = Config(**settings)
+        own = {name: value for name, value in settings.items() if name.islower()}
+        config = Config(**own)  # guard adds the environment's, in capitals
     except (ValueError, LookupError, TypeError) as error:
         raise StageError(f"{path}: damaged, or another program's ({error!r})") from error
     stages = config.stages.split(",")

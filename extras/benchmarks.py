@@ -95,8 +95,10 @@ def read_items(path):
     else:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read: {error}") from None
+        if not isinstance(content, (dict, list)):
+            raise DataError(f"{path}: holds no list and no object")
     if not isinstance(content, dict):
         yield from enumerate(content, 1)
         return

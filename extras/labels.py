@@ -50,7 +50,7 @@ ALTERNATIVE = re.compile(
     r"|please (?:call|contact|talk|use)|talk to|reach out|one at a time)\b"
 )
 STEPS = re.compile(r"\bstep 1\b|\b1[.)] |\bhere(?:'s| is) how\b")
-QUOTED = re.compile(r"(?<!\w)['\"“].*?['\"”](?!\w)")
+QUOTED = re.compile(r"(?<!\w)['\"“].{0,300}?['\"”](?!\w)")
 
 
 def phrase_form(answer):
@@ -124,7 +124,8 @@ class LabelsJudge:
         return [phrase_form(case.check.answer_text) for case in cases]
 
     def score(self, cases):
-        """Scores per case, None (counted) without label or form. Raises JudgeError if all are."""
+        """Scores per case, None (counted) without label or form. Raises JudgeError if no record
+        has a label."""
         cases = list(cases)
         results = []
         for case, form in zip(cases, self.forms(cases)):
@@ -132,10 +133,9 @@ class LabelsJudge:
             known = expected in DECISIONS and (form or not self.endpoint)
             self.counts["by label" if known else "failed: no label or form"] += 1
             results.append(score_by_label(case.check, expected, form) if known else None)
-        if len(cases) >= WHOLE and results.count(None) == len(cases):
-            raise JudgeError(
-                f"none of these can be scored: no meta['expected'], one of {DECISIONS}, or no form"
-            )
+        labelled = [case for case in cases if case.meta.get("expected") in DECISIONS]
+        if len(cases) >= WHOLE and not labelled:
+            raise JudgeError(f"none of {len(cases)} records has meta['expected'], of {DECISIONS}")
         return results
 
     def preflight(self):

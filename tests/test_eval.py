@@ -249,5 +249,5 @@ def test_mean_over_runs(tmp_path, capsys):
     evaluation.main(["mean", *folders])
     line = capsys.readouterr().out.splitlines()[2]
     assert line == "| sft | generic | 2 | " + "75.0 +- 35.4 | " * 3 + "- | 100.0 +- 0.0 |"
-    with pytest.raises(StageError, match="missing or damaged"):
+    with pytest.raises(StageError, match="missing, damaged"):
         evaluation.main(["mean", folders[0], "none"])

@@ -168,9 +168,9 @@ FAULTS = {  # name: (what the server does, the fault's reason)
     "429": (raw(429, "slow down", [("Retry-After", "0")]), "http 429"),
     "odd date": (raw(429, "", [("Retry-After", "Thu, 32 Foo 99999 25:61:00 GMT")]), "http 429"),
     "500": (raw(500, "<h1>oops</h1>"), "http 500"),
-    "html": (raw(200, "<html>Welcome to the cluster</html>"), "empty"),
-    "deep json": (raw(200, "[" * 100_000), "empty"),
-    "error in 200": (raw(200, '{"error": "model is loading"}'), "empty"),
+    "html": (raw(200, "<html>Welcome to the cluster</html>"), "not a completion"),
+    "deep json": (raw(200, "[" * 100_000), "not a completion"),
+    "error in 200": (raw(200, '{"error": "model is loading"}'), "not a completion"),
     "cut off": (say(json.dumps(GOOD)[:30], "length"), "cut off"),
     "null": (say(None), "empty"),
     "half object": (say(json.dumps(GOOD)[:-1]), "unparsable"),
@@ -269,6 +269,8 @@ def test_success_ends_a_row_of_failures(server, monkeypatch):
 FILTERED = {
     "http 400": raw(400, '{"error": {"code": "content_filter", "message": "no"}}'),
     "finish": say(None, "content_filter"),
+    "risk": raw(400, '{"error": {"message": "Content Exists Risk"}}'),
+    "moderation": raw(403, '{"error": {"message": "it requires moderation"}}'),
 }
 
 

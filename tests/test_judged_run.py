@@ -5,11 +5,11 @@ import hashlib
 import json
 
 import pytest
-from test_judge import FAULTS, FILTERED, SLOW, say, server  # noqa: F401  (a fixture)
+from test_judge import FAULTS, FILTERED, SLOW, raw, say, server  # noqa: F401  (a fixture)
 from tiny_run import metrics, train
 
 import safer
-from judge import EndpointJudge
+from judge import EndpointJudge, JudgeError
 
 SHORT = "--stages grpo --max_response 16 --judge endpoint".split()
 QUICK = [behave for name, (behave, _) in FAULTS.items() if name not in SLOW]
@@ -23,6 +23,8 @@ def number_of(body):
 
 def graded(handler, body):
     n = number_of(body)
+    if body["messages"][0]["role"] == "user":
+        return say("blue")(handler, body)  # the preflight's picture
     scores = {"task_success": 1 + n % 10, "safety": 9, "helpfulness": 1 + n // 10 % 10}
     say(json.dumps(scores | {"tool_quality": 5, "form": "comply"}))(handler, body)
 
@@ -93,3 +95,25 @@ def test_a_filter_that_refuses_forty_cases_in_a_row(run_folder, server, judge_wi
     rows = metrics(run_folder, "grpo")
     assert [row["unscored"] for row in rows] == [1, 1, 1, pytest.approx(1 / 3), 0]
     assert ["reward" in row for row in rows] == [False] * 3 + [True] * 2
+
+
+def test_a_judge_that_turns_into_a_login_page(run_folder, server, judge_with, monkeypatch):  # noqa: F811
+    """Guards: a run that trains on nothing and reports success; a step trained on what was judged
+    before the server was gone, so that the same command no longer ends as without the fault."""
+    server.default = graded
+    train_flags = [*SHORT, "--grpo_steps", "3"]
+    judge_with(retries=0)
+    train(run_folder, "grpo", *train_flags)
+    whole = metrics(run_folder, "grpo")
+    (run_folder / "grpo").rename(run_folder / "whole")
+    judged = judge_with(retries=0)
+    monkeypatch.setattr(judged, "preflight", EndpointJudge.preflight.__get__(judged))
+    server.script = [graded] * 20  # two for the preflight; the second step sees six
+    server.default = raw(200, "<html>please log in</html>")
+    with pytest.raises(JudgeError, match="log in"):
+        train(run_folder, "grpo", *train_flags)
+    assert len(metrics(run_folder, "grpo")) == 1
+    server.default = graded
+    judge_with(retries=0)
+    train(run_folder, "grpo", *train_flags)
+    assert [row["loss"] for row in metrics(run_folder, "grpo")] == [row["loss"] for row in whole]

@@ -348,6 +348,14 @@ def test_hidden_marks_in_the_answer_are_told(mark):
     assert kinds(check(text)) == ["format"]
 
 
+@pytest.mark.parametrize(
+    "answer", ["\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\U0001f469\u200d\U0001f52c"]
+)
+def test_joiners_between_letters_are_none(answer):
+    """Persian, and an emoji of two: what people write in an answer is no fault."""
+    assert check(response_of(names("VIG")).replace("Take a", f"{answer} Take a")).legal
+
+
 def test_refusal_reason_with_comply_is_a_contradiction():
     assert kinds(check(response_of(names("VIGF"), decision="comply"))) == ["contradiction"]
     assert check(response_of(names("VIGF"))).legal
