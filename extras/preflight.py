@@ -130,7 +130,7 @@ def stage_table(shapes, config, counts):
 def check_gpus(config):
     """A real recipe needs CUDA, unless it is told to do without."""
     count = torch.cuda.device_count() if config.device != "cpu" else 0
-    real = config.device == "auto" and not config.recipe.startswith("tiny")
+    real = config.device == "auto" and not config.recipe.startswith(("tiny", "smol"))
     if not count and (real or config.device == "cuda"):
         return "none", ["torch sees no CUDA device; --device cpu runs on the CPU, very slowly"]
     return f"{count} x {torch.cuda.get_device_name()}" if count else "none: CPU", []
@@ -139,9 +139,9 @@ def check_gpus(config):
 def check_model(config):
     """Also its Qwen2_5_VLConfig: of a 3b or 7b that is not there, the public shapes."""
     name = base_folder(config)
-    if not config.model:
-        return f"{name}: extras/toy_base.py trains it", [], toy_base.qwen_config("tiny")
     shapes = toy_base.qwen_config(config.recipe.removesuffix("-vlm"))
+    if not config.model:
+        return f"{name}: run.sh makes it", [], shapes
     try:
         found = AutoConfig.from_pretrained(name)
         if found.model_type != "qwen2_5_vl":

@@ -407,8 +407,8 @@ def build_toy(folder, seed, sizes=TOY_SIZES):
         print(f"toy: {folder}/{name}.jsonl: {len(rows)} records")
 
 
-def main(argv):
-    """Write the data sets and train the base; what is there already is left alone."""
+def main(argv, make_base=train_base):
+    """Write the data sets and make the base; what is there already is left alone."""
     config = parse_config(argv)
     out = Path(config.out)
     lock_folder(out / "data")  # one program at a time, also while the base trains
@@ -416,7 +416,7 @@ def main(argv):
         sizes = TOY_VLM_SIZES if config.recipe.endswith("-vlm") else TOY_SIZES
         build_toy(out / "data", config.seed, sizes)
     if not (out / "base").exists():
-        train_base(out / "base", config.seed)
+        make_base(out / "base", config.seed)
     print(f"base: {out / 'base'}")
 
 

@@ -27,7 +27,7 @@ QUESTION = "Give two tips for a good night's sleep in 2024."
 
 def small_run(folder):
     """A run whose base is SmolLM2 with an untrained vision tower, its stage a random adapter."""
-    base = smollm.write_base(folder / "base", seed=0)
+    base = smollm.write_base(folder / "base", seed=0, taught=False)
     config = parse_config(["--out", str(folder), "--max_response", "40", "--device", "cpu"])
     modeling.attach_lora(base, r=4, alpha=8.0, seed=1)
     generator = torch.Generator().manual_seed(2)
