@@ -53,8 +53,8 @@ SPECIAL_TOKENS = (
 # Their ids in the miniature world's tokenizer, which has them first.
 PAD, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE, VIDEO = range(7)
 # layers, hidden, heads, key/value heads, MLP, vocabulary, tied head; vision: layers, hidden, heads,
-# MLP. 3b and 7b are Qwen2.5-VL's public shapes, tiny is this world's, small is for bench.py, smol is
-# SmolLM2-135M with a small tower: see smollm.py.
+# MLP. 3b and 7b are Qwen2.5-VL's public shapes, tiny is this world's, small is for bench.py; smol is
+# SmolLM2-135M with a small tower, see smollm.py.
 SHAPES = {
     "tiny": (4, 128, 4, 2, 384, 2048, True, 2, 64, 2, 128),
     "small": (8, 512, 8, 8, 1408, 8192, False, 4, 160, 4, 320),

