@@ -414,6 +414,8 @@ def main(argv, make_base=train_base):
     lock_folder(out / "data")  # one program at a time, also while the base trains
     if not (out / "data" / "eval.jsonl").exists():  # written last
         sizes = TOY_VLM_SIZES if config.recipe.endswith("-vlm") else TOY_SIZES
+        if config.recipe == "smol-vlm":
+            sizes = sizes | {"pool": 96}  # each is sampled several times, slowly
         build_toy(out / "data", config.seed, sizes)
     if not (out / "base").exists():
         make_base(out / "base", config.seed)
