@@ -37,11 +37,12 @@ class Config:
     """Flags are written --seed 3 or --seed=3, those of type bool --resume 0 or --resume 1."""
 
     # ---- the run
-    recipe: Literal["tiny", "3b", "7b", "tiny-vlm", "3b-vlm", "7b-vlm"] = "tiny"
-    """tiny (the miniature world, CPU), 3b or 7b (Qwen2.5-VL-Instruct, as both papers); with -vlm:
-    SaFeR-VLM instead of SaFeR-ToolKit; --method vlm and --method toolkit choose between the two"""
+    recipe: Literal["tiny", "smol", "3b", "7b", "tiny-vlm", "smol-vlm", "3b-vlm", "7b-vlm"] = "tiny"
+    """tiny (the miniature world, CPU), smol (SmolLM2-135M in that world, CPU), 3b or 7b
+    (Qwen2.5-VL-Instruct, as both papers); with -vlm: SaFeR-VLM instead of SaFeR-ToolKit; --method
+    vlm and --method toolkit choose between the two"""
     model: str = ""
-    """base model: a folder or hub name; empty: the one that extras/toy_base.py trains"""
+    """base model: a folder or hub name; empty: the one that run.sh makes first, of tiny or smol"""
     data: str = ""
     """folder with sft.jsonl, dpo.jsonl, grpo.jsonl, eval.jsonl (-vlm: pool.jsonl, eval.jsonl);
     empty: the toy world's, in the run"""
@@ -267,8 +268,31 @@ VLM = dict(
     grpo_k=5,
     grpo_prompts="generic",
 )
+# A real language model of 135 million parameters: few and small steps, since two cores take seconds
+# for each. Ours.
+SMOL = dict(
+    max_response=200,
+    sft_lr=1e-3,
+    sft_epochs=1.0,
+    sft_batch=8,
+    sft_prompts="generic",
+    dpo_lr=2e-5,
+    dpo_epochs=0.15,
+    dpo_batch=8,
+    dpo_prompts="generic",
+    grpo_lr=1e-4,
+    grpo_steps=12,
+    grpo_batch=8,
+    grpo_update_batch=8,
+    grpo_k=6,
+    grpo_prompts="generic",
+    rollout_rows=64,
+    eval_prompts="generic",
+    eval_limit=72,
+)
 RECIPES = {
     "tiny": {},
+    "smol": SMOL,
     "3b": dict(REAL, model="Qwen/Qwen2.5-VL-3B-Instruct"),
     "7b": dict(REAL, model="Qwen/Qwen2.5-VL-7B-Instruct", rollout_rows=48),
 }

@@ -339,7 +339,7 @@ def read_results(folder):
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         for row in rows:
-            _ = [row[name] for name in ("stage", "prompt", "benchmark", "kind", "own", *SHOWN)]
+            _ = [row[name] for name in ("stage", "prompt", "kind", *SHOWN)]
         return rows
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise StageError(

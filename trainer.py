@@ -76,7 +76,7 @@ class Run:
 def pick_device(config):
     """--device, or CUDA where there is one, as 3b and 7b expect: of several this rank's."""
     there = torch.cuda.is_available()
-    real = config.device == "auto" and not config.recipe.startswith("tiny")
+    real = config.device == "auto" and not config.recipe.startswith(("tiny", "smol"))
     if (real or config.device == "cuda") and not there:
         raise ConfigError(
             f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no CUDA device;"
@@ -214,7 +214,7 @@ def read_run(out, last=None):
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
         own = {name: value for name, value in settings.items() if name.islower()}
         config = Config(**own)  # guard adds the environment's, in capitals
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise StageError(f"{path}: damaged, or another program's ({error!r})") from error
     stages = config.stages.split(",")
     return replace(config, out=str(out), device="any"), stages[: stages.index(last) + 1]

@@ -147,9 +147,9 @@ def check_model(config):
     """Also its Qwen2_5_VLConfig, of a 3b or 7b that is not there the public shapes; and its
     data.Processor or None."""
     name = base_folder(config)
-    if not config.model:
-        return f"{name}: extras/toy_base.py trains it", [], toy_base.qwen_config("tiny"), None
     shapes = toy_base.qwen_config(config.recipe.removesuffix("-vlm"))
+    if not config.model:
+        return f"{name}: run.sh makes it", [], shapes, None
     try:
         found = AutoConfig.from_pretrained(name)
         if found.model_type != "qwen2_5_vl":

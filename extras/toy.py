@@ -615,8 +615,15 @@ def draw_object(pen, shape, color, left, top):
             pen.line(points, fill=color, width=int(how[-1]))
 
 
-def draw_scene(case, rng):
-    """A 56 x 56 picture: the object in a random cell (above a sign, if there is one).
+def random_corner(case, rng):
+    """(left, top) of a cell in which the object of a case may be."""
+    left = CELL * rng.randrange(2)
+    return left, 0 if case.sign else CELL * rng.randrange(2)
+
+
+def draw_scene(case, rng, corner=None):
+    """A 56 x 56 picture: the object in a random cell (above a sign, if there is one), or in the one
+    whose (left, top) is given.
 
     The ground has middle brightness, which is 0 after normalization: what is drawn on it is what
     the vision tower sees first.
@@ -626,9 +633,8 @@ def draw_scene(case, rng):
     picture = PIL.Image.new("RGB", (size, size), ground)
     pen = PIL.ImageDraw.Draw(picture)
     _, shape, color = OBJECTS[case.obj]
-    left = CELL * rng.randrange(2)
-    top = 0 if case.sign else CELL * rng.randrange(2)
-    draw_object(pen, shape, color, left, top)
+    corner = corner or random_corner(case, rng)
+    draw_object(pen, shape, color, *corner)
     if case.sign:
         font = PIL.ImageFont.load_default(13)
         pen.rectangle((0, CELL, size, size), fill=(115, 115, 105))

