@@ -553,8 +553,10 @@ class EndpointJudge:
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         payload = b""
+        # a proxy of the environment cannot reach this machine's own server
+        proxies = not re.match(r"https?://(localhost|127\.|\[::1\])", self.url)
         async with (
-            httpx2.AsyncClient(verify=self.tls, timeout=None) as client,
+            httpx2.AsyncClient(verify=self.tls, timeout=None, trust_env=proxies) as client,
             client.stream("POST", self.url, content=body, headers=headers) as reply,
         ):
             async for part in reply.aiter_raw():

@@ -413,6 +413,13 @@ def test_key_is_masked_in_every_spelling(server):
     assert told.count("[key]") == 5 and "sk" not in told.replace("task", "")
 
 
+def test_a_proxy_is_not_asked_for_this_machine(server, monkeypatch):
+    """Guards: prompts and key sent to a cluster's proxy, or a judge that seems to be down."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert make(server, retries=0).score([CASE]) == [WANT]
+
+
 @pytest.mark.parametrize(
     "url",
     ["", "localhost:8000/v1", "ftp://a/v1", "http:///v1", "http://u:p@a/v1", "http://a/v1?k=1"],
