@@ -317,9 +317,8 @@ BINDING += ["JUDGE_MODEL", "JUDGE_PARAMS"]
 NEEDS = {
     "build": "seed min_pixels max_pixels max_response".split(),
     "qibox": (
-        "seed min_pixels max_pixels max_response dtype temperature judge JUDGE_MODEL"
-        " JUDGE_PARAMS filtered"
-        " weight_reasoning weight_logic weight_grounding weight_safety penalties"
+        "seed min_pixels max_pixels max_response dtype temperature judge JUDGE_MODEL JUDGE_PARAMS"
+        " filtered weight_reasoning weight_logic weight_grounding weight_safety penalties"
         " curate qi_samples qi_low qi_high qi_unstable"
     ).split(),
     "sft": BINDING[: BINDING.index("dpo_lr")],
@@ -485,7 +484,7 @@ def guard(folder, config, step, inputs, write=True):
 
     Args: step: one of NEEDS; inputs: {name: fingerprint} of what the step starts from, such as its
     records, the base, earlier adapters. The first call writes <folder>/config.json: settings (the
-    judge model of the environment is one of them in all but form), inputs, git commit, versions. A
+    judge's model and parameters, of the environment, among them), inputs, git commit, versions. A
     later call compares, and adds inputs that are new; with write=False it only compares. Raises
     ConfigError, naming every difference.
     """

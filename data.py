@@ -49,7 +49,7 @@ RENAMED = {  # what other layouts have -> fields here
     "conversations": "question and response: see docs/training.md, Data",
 }
 IMAGE_TAG = "<image>"  # where other layouts place an image
-SHOWN = 20  # problems in a message; the others are counted
+MOST_PROBLEMS = 20  # problems in a message; the others are counted
 SPECIAL_TOKENS = "<|im_start|> <|im_end|> <|vision_start|> <|image_pad|> <|vision_end|>".split()
 
 
@@ -122,11 +122,11 @@ def load_processor(folder, min_pixels, max_pixels):
 
 
 def refuse(what, problems):
-    """Raise DataError with the problems, if there are any: the first SHOWN and how many more."""
+    """Raise DataError with the problems, if there are any: MOST_PROBLEMS, and how many more."""
     if problems:
-        lines = [f"{len(problems)} {what}:", *problems[:SHOWN]]
-        if len(problems) > SHOWN:
-            lines.append(f"and {len(problems) - SHOWN} more")
+        lines = [f"{len(problems)} {what}:", *problems[:MOST_PROBLEMS]]
+        if len(problems) > MOST_PROBLEMS:
+            lines.append(f"and {len(problems) - MOST_PROBLEMS} more")
         raise DataError("\n  ".join(lines))
 
 

@@ -44,7 +44,6 @@ from rollout import in_order, respond
 from trainer import (
     StageError,
     adapter_path,
-    check_judge,
     encode_new,
     gather,
     join_ranks,
@@ -53,6 +52,7 @@ from trainer import (
     make_judge,
     merge_stages,
     pick_device,
+    require_judge,
     stage_inputs,
 )
 
@@ -185,7 +185,7 @@ def evaluate_rows(config, model, processor, judge, records, mode, path, rank, wo
         batch = left[start : start + size][rank::world]
         new, cases = answer_batch(config, model, processor, batch, mode, kept)
         judge_batch(judge, batch, new, cases)
-        check_judge(judge)
+        require_judge(judge)
         new = sum(gather(new), [])
         rows |= {row["id"]: row for row in new}
         if rank == 0:

@@ -400,9 +400,8 @@ class EndpointJudge:
     role: str = "judge"
 
     def __post_init__(self):
-        if not re.fullmatch(
-            r"https?://[^\s/@?#]+(/[^\s?#]*)?", self.url
-        ):  # not quoted: it may hold a key
+        # a malformed address is not quoted: it may hold a key
+        if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", self.url):
             raise JudgeError(
                 f"the {self.role}'s URL must look like http://host:port/v1, with no key"
             )

@@ -189,7 +189,7 @@ def make_plan(persona, tools, topology) -> Plan:
     return Plan(persona, tuple(tools), topology)
 
 
-def plan_from_dict(value) -> Plan:
+def plan_from_dict(value):
     """A plan from its JSON object, vars(plan). Raises PlanError on other keys and bad plans."""
     if not isinstance(value, dict) or set(value) != {"persona", "tools", "topology"}:
         raise PlanError("A plan is an object with the keys persona, tools and topology.")
@@ -309,7 +309,7 @@ class Check:
     values: dict[str, tuple[str, int]]  # field -> what it said last, and where
 
     @property
-    def answer_text(self) -> str:
+    def answer_text(self):
         """The answer block, or the whole response where there is none."""
         return self.text if self.answer is None else self.answer
 
@@ -374,9 +374,8 @@ def _split_blocks(response, found):
             if not _says_something(answer):
                 report("empty", opened, "<answer>", "The answer block says nothing.")
             # joiners of Persian, Hindi and emoji stand between letters outside ASCII
-            marks = set(re.sub(r"(?<=[^\0-~])[\u200c\u200d](?=[^\0-~])", "", answer)) - set(
-                "\n\r\t"
-            )
+            joined = re.sub(r"(?<=[^\0-~])[\u200c\u200d](?=[^\0-~])", "", answer)
+            marks = set(joined) - set("\n\r\t")
             # control, zero-width, direction and tag signs
             if marks & INVISIBLE or {"Cc", "Cf"} & set(map(unicodedata.category, marks)):
                 report("format", opened, answer, "The answer holds invisible characters.")

@@ -47,12 +47,12 @@ from judge import Case, JudgeError, open_image
 from reward import structured_reward
 from rollout import in_order, respond
 from trainer import (
-    check_judge,
     StageError,
     load_policy,
     lock_folder,
     make_judge,
     pick_device,
+    require_judge,
     stable_hash,
     weights_fingerprint,
 )
@@ -192,7 +192,7 @@ def score(config, folder, pool):
     for start in tqdm(range(0, len(records), BATCH), desc="qibox: scoring", mininterval=1):
         batch = records[start : start + BATCH]
         rows = grade_batch(config, model, processor, judge, batch)
-        check_judge(judge)
+        require_judge(judge)
         append_jsonl(path, rows)
     print(f"qibox: {path}: {len(records)} records scored; judge {dict(judge.counts)}")
 

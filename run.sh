@@ -20,7 +20,8 @@ bash run.sh smol [--flag value ...]   the same world with SmolLM2-135M, a real l
                                       comes as a Python package (93 MB)
 bash run.sh 3b   [--flag value ...]   Qwen2.5-VL-3B-Instruct on your data
 bash run.sh 7b   [--flag value ...]   Qwen2.5-VL-7B-Instruct on your data
-bash run.sh tiny-vlm | smol-vlm | 3b-vlm | 7b-vlm [--flag value ...]   the same by SaFeR-VLM: QI-Box, then
+bash run.sh tiny-vlm | smol-vlm | 3b-vlm | 7b-vlm [--flag value ...]
+                                      the same by SaFeR-VLM: QI-Box, then
                                       GRPO with a reflecting rollout; also as --method vlm
 bash run.sh ablate [vlm] [--seeds 0,1,2 ...]   the papers' ablations in the miniature world, a
                                       table a question; further words go to extras/ablate.py

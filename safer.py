@@ -36,18 +36,10 @@ from judge import Case, JudgeError
 from model import ModelError, adapters_off, micro_batches
 from reward import compute_reward, structured_reward
 from rollout import Trajectory, as_first_response, correct, first_of, respond
-from trainer import (
-    StageError,
-    add,
-    check_judge,
-    adapter_path,
-    append_log,
-    batch_at,
-    check_finite,
-    load_ahead,
-)
-from trainer import encode_new, make_judge, open_run, optimizer_step, report, save_checkpoint
-from trainer import stable_hash, stage_steps, steps_of, token_logprobs, total, write_metrics
+from trainer import StageError, adapter_path, add, append_log, batch_at, check_finite, encode_new
+from trainer import load_ahead, make_judge, open_run, optimizer_step, report, require_judge
+from trainer import save_checkpoint, stable_hash, stage_steps, steps_of, token_logprobs, total
+from trainer import write_metrics
 
 # ---- SFT and DPO ---------------------------------------------------------------------------------
 
@@ -85,7 +77,7 @@ def train_sft(run, records):
     steps = stage_steps(run.config, "sft", len(records))
     for step in steps_of(run, steps):
         ids, groups, features = tokenized_batch(run, records, step, ["response"])
-        tokens = total(run, sum(len(response) for _, (response,) in groups))
+        tokens = total(sum(len(response) for _, (response,) in groups))
         for micro, names in in_micro_batches(run, groups, ids):
             logprobs, mask = token_logprobs(run, micro, features)  # (S, T)
             loss = losses.sft_loss(logprobs, mask, tokens)
@@ -154,10 +146,10 @@ def train_grpo(run, records):
         judge_error = None
         try:
             groups, features = roll_out(run, judge, sum(updates, []), step)
-            check_judge(judge)
+            require_judge(judge)
         except JudgeError as error:
             judge_error = error
-        if total(run, judge_error is not None):  # all ranks leave together
+        if total(judge_error is not None):  # all ranks leave together
             if step > run.first_step:  # before the first update there is nothing to save
                 save_checkpoint(run, step)
             raise judge_error or JudgeError("the judge failed on another rank, see its message")
@@ -395,7 +387,7 @@ def update_policy(run, step, groups, features, on_policy=True):
     packed = [packed_group(items) for _, items in packs]
     responses = sum([ids for _, ids in packed], [])
     counts = losses.denominators([len(ids) for ids in responses])
-    denominator = total(run, counts[config.loss_mean])
+    denominator = total(counts[config.loss_mean])
     for micro, some in in_micro_batches(run, packed, packs):
         items = sum([items for _, items in some], [])
         old = pad_sequence([torch.tensor(item.logprobs) for item in items], batch_first=True)

@@ -1,4 +1,5 @@
-"""What the training stages share: opening a stage, checkpoints, metrics, the optimizer step.
+"""What the training stages share: opening a stage, files of adapters and checkpoints, metrics, the
+optimizer step.
 
 A stage merges the adapters of the stages before it into the base, trains a fresh LoRA, and saves
 only that. So the reference model of DPO and GRPO is the same model with its LoRA off, at no memory.
@@ -142,7 +143,7 @@ def make_judge(config):
     return endpoint
 
 
-def check_judge(judge):
+def require_judge(judge):
     """Before what was judged is kept: a server whose last requests failed must still be there.
     Raises JudgeError."""
     if getattr(judge, "failed_in_a_row", 0):
@@ -411,7 +412,7 @@ def gather(value):
     return values
 
 
-def total(run, value):
+def total(value):
     """Sum of a number over all ranks."""
     return sum(gather(float(value)))
 

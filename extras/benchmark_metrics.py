@@ -64,7 +64,7 @@ def choice_letter(text, choices):
     return max(ends)[2] if ends else None
 
 
-def answer_form(text):
+def short_answer(text):
     """MMMU's form of a short answer: a number to 2 places, or lower-case text."""
     text = text.strip()
     if NUMBER.fullmatch(text):
@@ -85,9 +85,9 @@ def open_match(text, answers):
         if shortest.strip(":,.!?;'"):
             phrases.append(shortest)
     for phrase in phrases or [text.strip()]:
-        numbers = [answer_form(number) for number in NUMBER.findall(phrase)]
+        numbers = [short_answer(number) for number in NUMBER.findall(phrase)]
         text = f" {phrase} " if len(phrase) == 1 else phrase
-        for answer in map(answer_form, answers):
+        for answer in map(short_answer, answers):
             if isinstance(answer, float):
                 found = answer in numbers
             elif len(answer) == 1:

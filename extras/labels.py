@@ -138,6 +138,11 @@ class LabelsJudge:
             raise JudgeError(f"none of {len(cases)} records has meta['expected'], of {DECISIONS}")
         return results
 
+    @property
+    def failed_in_a_row(self):
+        """As the endpoint's: trainer.require_judge asks."""
+        return self.endpoint.failed_in_a_row if self.endpoint else 0
+
     def preflight(self):
         """As the endpoint's, where there is one."""
         if self.endpoint:

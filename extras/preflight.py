@@ -53,8 +53,8 @@ def memory(shapes, config, stage):
                    computes (checkpointing; without it what every layer computes); four float32
                    copies of a chunk of logits
         sampling   keys and values of every row, for prompt and response; 20 bytes per row and word
-        peak       the larger of the two; the model's weights; for every weight of the adapters 5 x
-                   4 bytes: itself, its gradient, AdamW's two moments, the flat bucket
+        peak       the larger of the two; the model's weights; for every weight of the adapters 4 x
+                   4 bytes: itself, its gradient, AdamW's two moments
 
     Not counted: the vision tower at work, image features, CUDA's own memory, fragmentation.
     """
@@ -72,7 +72,7 @@ def memory(shapes, config, stage):
         # q and o, k and v, gate and up and down: in + out of each
         sides = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + inner)
         training = max(group, config.micro_tokens) * size * (kept + 2 * work) + logits
-        adapters = 20 * config.lora_r * layers * sides
+        adapters = 16 * config.lora_r * layers * sides
     if stage not in ("sft", "dpo"):
         cache = layers * 2 * kv * size * (config.max_prompt + config.max_response)
         sampling = config.rollout_rows * (cache + 20 * text.vocab_size)

@@ -237,7 +237,10 @@ def test_records_as_people_have_them(tmp_path):
         read(path, lines[:-2])
     first, *told = str(caught.value).splitlines()
     assert first == f"{len(faults)} problem(s) in {path}:"
-    assert told.pop() == f"  and {len(faults) - data.SHOWN} more" and len(told) == data.SHOWN
+    assert (
+        told.pop() == f"  and {len(faults) - data.MOST_PROBLEMS} more"
+        and len(told) == data.MOST_PROBLEMS
+    )
     for number, fault in faults:  # each alone, too
         with pytest.raises(data.DataError) as caught:
             read(path, [""] * (number - 1) + [lines[number - 1]])

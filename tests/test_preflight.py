@@ -21,7 +21,7 @@ def test_memory_by_hand():
     cache = 36 * 2 * 256 * 2 * (4096 + 2048)  # keys and values of a row, bfloat16
     assert sampling == 64 * (cache + 20 * 151936)
     layer = 2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 11008)
-    adapters = 20 * 64 * 36 * layer  # A, B, gradients, two moments, the bucket
+    adapters = 16 * 64 * 36 * layer  # A, B, gradients, two moments
     assert peak == 2 * 3_754_622_976 + adapters + sampling  # weights in bfloat16
     plain = parse_config(["--recipe", "3b", "--checkpointing", "0"])
     assert preflight.memory(shapes, plain, "grpo")[0] > 10 * training
