@@ -7,8 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # On Intel CPUs the last bits of MKL's products depend on where in memory the matrices happen to
 # be, and sampling makes other tokens of them: the same command gave two tables. This makes them
-# the same on one machine; another machine may still differ. AMD's CPUs ignore it.
-export MKL_CBWR=${MKL_CBWR:-AUTO,STRICT}
+# the same on one machine, as long as MKL has the same number of threads each time; another machine
+# may still differ. AMD's CPUs ignore it.
+export MKL_CBWR=${MKL_CBWR:-AUTO,STRICT} MKL_DYNAMIC=${MKL_DYNAMIC:-FALSE}
 # Batches differ in length from step to step: without this CUDA's memory is lost to gaps.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 

@@ -337,22 +337,22 @@ def load_checkpoint(run):
 # ---- files of tensors ----------------------------------------------------------------------------
 
 
-def checksum(path, tensors, words):
-    """CRC-32 of the file that tensors and words make.
+def checksum(path, tensors, header):
+    """CRC-32 of the file that tensors and header make.
 
     Raises ModelError where a value is not finite: none is written, and none is read.
     """
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise model.ModelError(f"{path}: holds values that are not finite")
-    return str(zlib.crc32(save(tensors, words)))
+    return zlib.crc32(save(tensors, {"header": json.dumps(header)}))
 
 
 def write_tensors(path, tensors, header):
     """Write {name: tensor}, and a header of plain values, to one safetensors file, whole or not at
     all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    words = {"header": json.dumps(header)}
-    words["crc32"] = checksum(path, tensors, words)
+    # One key: safetensors writes several in an order that changes from run to run.
+    words = {"header": json.dumps([checksum(path, tensors, header), header])}
     write_whole(path, lambda part: save_file(tensors, part, metadata=words))
 
 
@@ -360,12 +360,12 @@ def read_tensors(path):
     """What write_tensors wrote -> ({name: tensor}, header)."""
     try:
         with safe_open(path, framework="pt") as file:
-            words = file.metadata()
+            found, header = json.loads(file.metadata()["header"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if words.pop("crc32") != checksum(path, tensors, words):
+        if found != checksum(path, tensors, header):
             raise ValueError("its checksum is that of other values")
-        return tensors, json.loads(words["header"])
-    except (OSError, SafetensorError, AttributeError, LookupError, ValueError) as error:
+        return tensors, header
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError) as error:
         why = f"{path}: damaged, or not written by this program: {error!r}"
         raise model.ModelError(why) from error
 

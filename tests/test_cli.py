@@ -147,7 +147,7 @@ def test_every_sample_is_accounted_for(run_folder, monkeypatch):
 def shell(words, folder=ROOT, **environment):
     """`bash run.sh words`, without the variables that it reads but for these."""
     names = "MODEL DATA GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT CUDA_VISIBLE_DEVICES"
-    names += " SAFER_PYTHON JUDGE_URL MKL_CBWR PYTORCH_CUDA_ALLOC_CONF"
+    names += " SAFER_PYTHON JUDGE_URL MKL_CBWR MKL_DYNAMIC PYTORCH_CUDA_ALLOC_CONF"
     clean = os.environ | dict.fromkeys(names.split(), "")
     command = ["bash", "run.sh", *words.split()]
     environment = clean | environment
@@ -186,7 +186,7 @@ case "$1" in
   qibox.py) echo "$@" >> {log}; mkdir -p {log}.out/qibox; touch {log}.out/qibox/grpo.jsonl ;;
   *) echo "$@" >> {log} ;;
 esac
-echo "$MKL_CBWR $PYTORCH_CUDA_ALLOC_CONF" > {log}.set
+echo "$MKL_CBWR $MKL_DYNAMIC $PYTORCH_CUDA_ALLOC_CONF" > {log}.set
 """
 
 
@@ -203,7 +203,7 @@ def started(tmp_path):
         done = shell(words, SAFER_PYTHON=str(fake), **environment)
         assert done.returncode == 0, done.stderr
         settings = (tmp_path / "log.set").read_text()
-        assert settings == "AUTO,STRICT expandable_segments:True\n"
+        assert settings == "AUTO,STRICT FALSE expandable_segments:True\n"
         return log.read_text().splitlines()
 
     return start

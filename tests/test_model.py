@@ -342,6 +342,7 @@ def test_what_is_not_finite_is_neither_written_nor_read(tmp_path, value):
         trainer.save_adapter(model, path, {})
     with safe_open(path, framework="pt") as file:
         words = file.metadata()
+    assert list(words) == ["header"]  # of several keys safetensors changes the order
     save_file({**load_file(path), UP: spoiled.data}, path, metadata=words)
     with pytest.raises(ModelError, match=f"{path}: holds values that are not finite"):
         trainer.load_adapter(tiny_model(), path)
