@@ -97,7 +97,7 @@ RULES = {
         "harm written in the image",
         "analyst",
         "tree",
-        "VISUAL-SCAN OCR-EXTRACT KEYWORD-FLAGGING RISK-SCORER INTENT-RADAR SAFETY-GATE",
+        "VISUAL-SCAN OCR-EXTRACT KEYWORD-FLAGGING INTENT-RADAR RISK-SCORER SAFETY-GATE",
     ),
     "combined": (
         "words and image that are harmful together",

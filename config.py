@@ -69,10 +69,10 @@ class Config:
     float32. Paper: bf16 (TK)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one; without one, 3b and 7b stop"""
-    min_pixels: int = 3136
+    min_pixels: int = 4704
     """pixels an image is enlarged to at least, everywhere. Paper: 262,144 in training (TK), 338^2
     in evaluation (TK)"""
-    max_pixels: int = 3136
+    max_pixels: int = 4704
     """pixels an image is shrunk to at most. Paper: 4,194,304 in training, 262,144 in evaluation
     (TK)"""
     max_prompt: int = 640
@@ -100,7 +100,7 @@ class Config:
     # ---- SFT
     sft_lr: float = 6e-3
     """Paper: 1e-5 (CN)"""
-    sft_epochs: float = 5.0
+    sft_epochs: float = 2.0
     """passes over the data. Ours"""
     sft_batch: int = 16
     """records per optimizer step, over all ranks. Ours"""
@@ -297,7 +297,7 @@ RECIPES = {
     "7b": dict(REAL, model="Qwen/Qwen2.5-VL-7B-Instruct", rollout_rows=48),
 }
 RECIPES |= {f"{name}-vlm": dict(recipe, **VLM) for name, recipe in RECIPES.items()}
-RECIPES["tiny-vlm"] |= dict(grpo_steps=100, eval_prompts="generic", qi_samples=8)
+RECIPES["tiny-vlm"] |= dict(grpo_steps=100, eval_prompts="generic", qi_samples=2)
 METHODS = {"toolkit": "", "vlm": "-vlm"}  # --method -> how the recipe's name ends
 # The only numbers that may be 0.
 MAY_BE_0 = (

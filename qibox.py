@@ -3,10 +3,10 @@
     python qibox.py score --recipe 3b-vlm      the base answers <data>/pool.jsonl, the judge grades
     python qibox.py box   --recipe 3b-vlm [--against FILE ...]     the prompts inside the box
     python qibox.py       --recipe 3b-vlm      both
+    python qibox.py --recipe 3b-vlm --scorers NAME ...     these models answer and are graded, too
 
 The paper keeps a band of moderate quality with high instability over the answers of 7 models; its
-formulas and thresholds were not found, so those below are ours. For more than one model type
-`score` again, with --model NAME and the same --out.
+formulas and thresholds were not found, so those below are ours.
 
 Reviewers of the paper object that it trains on a source of its test sets (PAPERS 2.7). So what
 shares an image, or a question asked without one, with an evaluation set (eval.jsonl, --benchmarks,
@@ -17,6 +17,7 @@ Writes to <out>/qibox: scores-<model>.jsonl, status.jsonl (a row a record), tabl
 """
 
 import argparse
+import dataclasses
 import hashlib
 import os
 import random
@@ -76,9 +77,8 @@ def instability(scores):
 
         U^2 = variance of the models' means + mean variance of a model's repeats
 
-    With one model, as in run.sh, U is the spread of its repeats. Ours (law of total variance);
-    PAPERS 2.2 (S3) mentions both disagreement of models and
-    instability of one model. scores: as in quality.
+    With one model U is the spread of its repeats. Ours (law of total variance); PAPERS 2.2 (S3)
+    mentions both disagreement of models and instability of one model. scores: as in quality.
     """
     across = np.var([np.mean(row) for row in scores.values()])
     within = np.mean([np.var(row) for row in scores.values()])
@@ -314,6 +314,7 @@ def main(argv):
     words = [word for word in argv[:1] if word in ("score", "box")]
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--against", nargs="+", default=[])
+    parser.add_argument("--scorers", nargs="*", default=[])
     known, flags = parser.parse_known_args(argv[len(words) :])
     config = parse_config(flags)
     if config.curate == "none":
@@ -326,7 +327,8 @@ def main(argv):
         held_out += read_records(path, "eval")
     lock_folder(folder)
     if words != ["box"]:
-        score(config, folder, pool)
+        for name in (config.model, *known.scorers):
+            score(dataclasses.replace(config, model=name), folder, pool)
     if words != ["score"]:
         draw_box(config, folder, pool, held_out)
 

@@ -146,8 +146,11 @@ fi
 out=$(setting out)
 if [ "$(setting curate)" != none ]; then
   if [ "${NODE_RANK:-0}" = 0 ]; then
-    # SaFeR-VLM: GRPO's prompts are those inside the box of quality and instability
-    "$python" qibox.py "${flags[@]}"
+    # SaFeR-VLM: GRPO's prompts are those inside the box of quality and instability, over the answers
+    # of the base and, in the miniature world, of four models that differ in caution
+    scorers=()
+    if [ -d "$out/scorers" ]; then scorers=(--scorers "$out"/scorers/*); fi
+    "$python" qibox.py "${flags[@]}" "${scorers[@]}"
   fi
   until [ -e "$out/qibox/grpo.jsonl" ]; do sleep 10; done   # other machines wait for the first
 fi

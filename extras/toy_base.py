@@ -9,6 +9,7 @@ is asked to: it is fluent, unsafe, and writes no tool trace. Ours; see toy.py.
 """
 
 import random
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -43,9 +44,10 @@ from judge import Case, Scores
 from trainer import StageError, lock_folder
 
 # Records; DPO: items before they become about three pairs each.
-TOY_SIZES = {"sft": 768, "dpo": 320, "grpo": 960, "eval": 360}
+TOY_SIZES = {"sft": 1920, "dpo": 320, "grpo": 800, "eval": 360}
 TOY_VLM_SIZES = {"pool": 1200, "eval": 360}  # qibox.py draws GRPO's prompts from the pool
-SIDE = 2 * toy.CELL  # pixels of a picture
+PIXELS = 6 * toy.CELL**2  # of a picture
+SCORERS = {"bold": 0.0, "timid": 0.3, "careful": 0.6, "strict": 0.9}  # name -> caution
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|>"
     " <|video_pad|>"
@@ -98,9 +100,13 @@ def any_value(field, rng):
     if field.values:
         return rng.choice(field.values)
     case = any_case(rng)
-    seen = rng.choice(list(OBJECTS)) + rng.choice(["", ", sign"])
+    row = rng.sample(list(OBJECTS), 3)
+    seen = ", ".join(map(" ".join, zip(toy.PLACES, row))) + rng.choice(["", ", sign"])
     danger = rng.choice(list(DANGER.values()))[rng.randint(1, 2)]
-    return rng.choice([f"asks to {case.verb} {case.thing}", case.verb, seen, "none", danger])
+    name = rng.choice(list(OBJECTS))
+    place = rng.choice(toy.PLACES)
+    asked = f"asks to {case.verb} the {place} {name}, which is {rng.choice(list(OBJECTS.values()))[0]}"
+    return rng.choice([asked, case.verb, seen, "none", danger])
 
 
 def any_response(rng):
@@ -120,12 +126,18 @@ def helpful(case):
     return toy.in_words(toy.reason(case, False, False), toy.comply(case))
 
 
-def first_reply(case, rng):
-    """What the base says at once: it sees and helps. One time in ten it refuses what is harmful,
-    and what only sounds so."""
-    if rng.random() < 0.1 and (case.danger or case.kind == "bait"):
+def first_reply(case, rng, caution):
+    """What the base says at once: it sees and helps, with three stated faults.
+
+    It refuses what is harmful, and what only sounds so, with a probability of `caution`; it says of
+    one alarming request in ten that it is harmless, and declines; and of three things in ten it
+    sees the usual one for the verb in their place (toy.imagined)."""
+    alarming = case.danger or case.kind == "bait"
+    if alarming and rng.random() < caution:
         return toy.in_words(toy.reason(case, bool(case.danger), True), toy.refuse(case))
-    return helpful(case)
+    if case.kind == "bait" and rng.random() < 0.1:
+        return toy.in_words(toy.reason(case, True, True), toy.refuse(case))
+    return helpful(toy.imagined(case) if rng.random() < 0.3 else case)
 
 
 def second_reply(case, rng):
@@ -141,16 +153,20 @@ def second_reply(case, rng):
 
 
 def see(rng, case):
-    """(case, question, reply) about a picture."""
-    if rng.random() < 0.5:
-        signs = [case for case in POOL if case.sign]
-        case = toy.draw_case(rng.choice(signs), rng)
+    """(case, question, reply) about a picture: what is there."""
     if rng.random() < 0.3:
         objects = toy.truth(case)["VISUAL-SCAN"]["objects"]
         return case, "which objects are there?", f"objects={objects}"
-    sign = case.sign or "none"
-    reply = f"the {case.obj} is {OBJECTS[case.obj][0]}, the sign says {sign}."
-    return case, "what do you see?", reply
+    return case, "what do you see?", f"i see {case.scene}. the sign says {case.sign or 'none'}."
+
+
+def find(rng):
+    """(case, question, reply) about the thing in a picture that a phrase points at."""
+    case = toy.draw_case(rng.choice(TRAIN[rng.choice(("implicit", "benign"))]), rng)
+    seen = f"i see {case.scene}."
+    if case.sign:
+        seen += f" the sign says {case.sign}."
+    return case, f"what is {case.phrase}?", f"{seen} that is {toy.located(case)}."
 
 
 def repeat(rng, first):
@@ -170,33 +186,38 @@ def know(rng):
     return None, *rng.choice([of_verb, of_thing])
 
 
-def base_lesson(rng, first):
+def base_lesson(rng, first, caution=0.1):
     """One item of the base's own training: (case whose picture is shown or None, system prompt,
     question, reflected, response). `reflected` is the response of the turn before, or None.
 
         share   at first   what
-        0.25    0.50       says what it sees
-        0.25    0.50       repeats words: what a small model is slowest to learn, and what every
+        0.10    0.20       says what it sees
+        0.20    0.30       finds what a phrase points at
+        0.15    0.50       repeats words: what a small model is slowest to learn, and what every
                            answer needs, since verb and thing come from the question
         0.05               knows what things are like
         0.15               reflects when it is asked to, as SaFeR-VLM's rollout takes for granted
-        0.30               helps with anything
+        0.35               helps with anything
     """
-    lesson = rng.random() * (0.5 if first else 1)
+    kinds = ("see", "find", "repeat", "know", "reflect", "help")
+    shares = (20, 30, 50, 0, 0, 0) if first else (5, 15, 25, 10, 15, 30)
+    (lesson,) = rng.choices(kinds, shares)
     case = toy.draw_case(rng.choice(TRAIN[rng.choice(toy.KINDS)]), rng)
-    if lesson < 0.55:
-        if lesson < 0.25:
-            shown, question, reply = see(rng, case)
-        elif lesson < 0.5:
-            shown, question, reply = repeat(rng, first)
-        else:
-            shown, question, reply = know(rng)
+    if lesson == "see":
+        shown, question, reply = see(rng, case)
+    elif lesson == "find":
+        shown, question, reply = find(rng)
+    elif lesson == "repeat":
+        shown, question, reply = repeat(rng, first)
+    elif lesson == "know":
+        shown, question, reply = know(rng)
+    if lesson not in ("reflect", "help"):
         return shown, "", question, None, reply
     mode = "planned" if rng.random() < 0.05 else "generic"
     system = system_prompt(mode, plan_by_rules(toy.signals(case))[0])
-    if lesson < 0.7:
+    if lesson == "reflect":
         return case, system, case.question, helpful(case), second_reply(case, rng)
-    return case, system, case.question, None, first_reply(case, rng)
+    return case, system, case.question, None, first_reply(case, rng, caution)
 
 
 # ---- tokenizer and model -------------------------------------------------------------------------
@@ -283,9 +304,9 @@ def qwen_config(size, vocab=None):
     )
 
 
-def lesson_group(rng, first, name, processor):
+def lesson_group(lesson, rng, name, processor):
     """A lesson as a group: (Prompt, [response])."""
-    case, system, question, reflected, reply = base_lesson(rng, first)
+    case, system, question, reflected, reply = lesson
     images = ()
     if case:
         images = (make_image(toy.draw_scene(case, rng), name, processor),)
@@ -296,23 +317,15 @@ def lesson_group(rng, first, name, processor):
     return prompt, [encode_response(reply, processor)]
 
 
-def train_base(folder, seed, steps=600, batch=32, lr=3e-3):
-    """Train the tiny Qwen2.5-VL from nothing, all weights, and save it as a model folder, which
-    appears when it is whole."""
-    part = Path(f"{folder}.part")
-    torch.manual_seed(seed)
-    rng = random.Random(f"base {seed}")
-    tokenizer = make_tokenizer(part)
-    processor = load_processor(part, SIDE**2, SIDE**2)
-    policy = Qwen2_5_VLForConditionalGeneration(qwen_config("tiny", len(tokenizer)))
+def teach_lessons(policy, processor, rng, steps, lr, first=0.0, caution=0.1, batch=32):
+    """Train all weights on base_lesson; `first`: the share of the steps with the first lessons."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    bar = tqdm(range(steps), desc="base: learning to see and to help with anything", mininterval=1)
-    for step in bar:
+    for step in tqdm(range(steps), desc="base: learning to see and to help", mininterval=1):
         groups = []
         for row in range(batch):
-            first = step < 0.3 * steps
-            groups.append(lesson_group(rng, first, f"base {step} {row}", processor))
+            lesson = base_lesson(rng, step < first * steps, caution)
+            groups.append(lesson_group(lesson, rng, f"{step} {row}", processor))
         tokens = sum(len(response) for _, (response,) in groups)
         for rows in qwen.micro_batches(groups, 1600):
             micro = [groups[row] for row in rows]
@@ -324,8 +337,35 @@ def train_base(folder, seed, steps=600, batch=32, lr=3e-3):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+
+
+def train_base(folder, seed, steps=500):
+    """Train the tiny Qwen2.5-VL from nothing and save it as a model folder, which appears when it
+    is whole."""
+    part = Path(f"{folder}.part")
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(part)
+    processor = load_processor(part, PIXELS, PIXELS)
+    policy = Qwen2_5_VLForConditionalGeneration(qwen_config("tiny", len(tokenizer)))
+    teach_lessons(policy, processor, random.Random(f"base {seed}"), steps, 3e-3, first=0.3)
     policy.save_pretrained(part)
     part.rename(folder)
+
+
+def train_scorers(folder, base, seed, steps=30):
+    """Models of unequal caution that score QI-Box's pool beside the base, each the base after a few
+    more lessons; the paper's pool was scored by seven models (PAPERS 2.2)."""
+    for name, caution in SCORERS.items():
+        part = folder / f"{name}.part"
+        if (folder / name).exists():
+            continue
+        shutil.copytree(base, part, dirs_exist_ok=True)
+        processor = load_processor(base, PIXELS, PIXELS)
+        policy = qwen.load_model(base, torch.float32, "cpu").requires_grad_(True)
+        rng = random.Random(f"scorer {name} {seed}")
+        teach_lessons(policy, processor, rng, steps, 1e-3, caution=caution)
+        policy.save_pretrained(part)
+        part.rename(folder / name)
 
 
 # ---- its data sets -------------------------------------------------------------------------------
@@ -419,6 +459,8 @@ def main(argv, make_base=train_base):
         build_toy(out / "data", config.seed, sizes)
     if not (out / "base").exists():
         make_base(out / "base", config.seed)
+    if config.recipe == "tiny-vlm":
+        train_scorers(out / "scorers", out / "base", config.seed)
     print(f"base: {out / 'base'}")
 
 
