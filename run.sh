@@ -147,7 +147,7 @@ out=$(setting out)
 if [ "$(setting curate)" != none ]; then
   if [ "${NODE_RANK:-0}" = 0 ]; then
     # SaFeR-VLM: GRPO's prompts are those inside the box of quality and instability, over the answers
-    # of the base and, in the miniature world, of four models that differ in caution
+    # of the base and, in the miniature world, of four models of unequal strength
     scorers=()
     if [ -d "$out/scorers" ]; then scorers=(--scorers "$out"/scorers/*); fi
     "$python" qibox.py "${flags[@]}" "${scorers[@]}"

@@ -1,13 +1,14 @@
-"""Ablations of both papers in the miniature world: each question a table, each row three seeds.
+"""Ablations of both papers in the miniature world: each question a table, each row five seeds.
 
-    python -m extras.ablate toolkit    stages, tiers, reward terms, topologies, prompt of evaluation
-    python -m extras.ablate vlm        without reflection, with random data, without penalties
-    python -m extras.ablate toolkit --seeds 0,1,2 --jobs 2
+    python -m extras.ablate toolkit    stages, tiers, reward, topologies, personas, K, prompts
+    python -m extras.ablate vlm        reflection, data, penalties, credit, weights
+    python -m extras.ablate toolkit --seeds 0,1,2 --jobs 2 --only stages,tiers
 
 Every run is made by the commands that `bash run.sh tiny` uses, in out/ablate/<run>-<seed>, one
-thread each. What runs share (base, data, earlier stages) is made once, in the first run of the
-method, and linked to. After an interruption the same command goes on. The tables replace what is
-between their marks in docs/ablations.md; the words around them are left alone.
+thread each. The base and the data of a seed are in out/ablate/world-<seed>, for both methods; what
+else runs share (earlier stages, QI-Box's scores) is made once, in the first run of the method, and
+linked to. After an interruption the same command goes on. The tables replace what is between their
+marks in docs/ablations.md; the words around them are left alone.
 
 Ours: the papers' ablations are known by name only (PAPERS 1.5, 2.6). To add one: a row in STUDIES,
 and its run in RUNS where it needs one; the README has an example.
@@ -20,8 +21,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
 
 from tqdm import tqdm
 
@@ -44,70 +47,113 @@ class Run:
     flags: str
     takes: tuple = ()  # stages taken over from the first run
     data: str = ""  # how its data differ: "tiers P", "topology tree", ...: see change_row
+    scorers: str = "*"  # whose scores make its QI-Box
 
 
+TINY = "--recipe tiny --eval_prompts generic"
+SFT = f"{TINY} --stages sft"
+VLM = "--recipe tiny-vlm"
+REWARDS = ("answer", "answer+format", "answer+format+depth", "no-tool-quality", "paper")
 RUNS = {
     "toolkit": {
         "full": Run("--recipe tiny"),
-        "sft-grpo": Run("--recipe tiny --stages sft,grpo", ("sft",)),
+        "sft-grpo": Run(f"{TINY} --stages sft,grpo", ("sft",)),
+        "k-4": Run(f"{TINY} --grpo_k 4", ("sft", "dpo")),
+        "k-16": Run(f"{TINY} --grpo_k 16", ("sft", "dpo")),
+        **{f"reward-{name}": Run(f"{TINY} --reward {name}", ("sft", "dpo")) for name in REWARDS},
+        **{f"tiers-{name}": Run(SFT, data=f"tiers {name}") for name in ("none", "P", "PR", "PRD")},
+        **{f"topology-{name}": Run(SFT, data=f"topology {name}") for name in protocol.TOPOLOGIES},
+        **{
+            f"persona-{name}": Run("--recipe tiny --stages sft", data=f"persona {name}")
+            for name in ("helper", "guardian")
+        },
     },
     "vlm": {
-        "vlm": Run("--recipe tiny-vlm"),
-        "vlm-discard": Run("--recipe tiny-vlm --rollout discard"),
-        "vlm-random": Run("--recipe tiny-vlm --curate random"),
-        "vlm-no-penalties": Run("--recipe tiny-vlm --penalties 0"),
-        "vlm-credit-reflection": Run("--recipe tiny-vlm --credit reflection"),
+        "vlm": Run(VLM),
+        "vlm-discard": Run(f"{VLM} --rollout discard"),
+        "vlm-rounds-2": Run(f"{VLM} --reflect_rounds 2"),
+        "vlm-one-scorer": Run(VLM, scorers="*base*"),
+        "vlm-random": Run(f"{VLM} --curate random"),
+        "vlm-unsolved": Run(f"{VLM} --qi_low 0 --qi_unstable 0"),
+        "vlm-no-penalties": Run(f"{VLM} --penalties 0"),
+        "vlm-credit-reflection": Run(f"{VLM} --credit reflection"),
+        "vlm-drop": Run(f"{VLM} --unsafe drop"),
+        "vlm-answer": Run(f"{VLM} --weight_reasoning 0"),
     },
 }
-STUDIES = {  # study -> rows (label, run, stage, prompt)
+
+
+def sft(label, run, prompt="generic"):
+    """A row about a policy after SFT."""
+    return label, run, "sft", prompt
+
+
+def grpo(label, run, prompt="generic"):
+    """A row about a policy after GRPO."""
+    return label, run, "grpo", prompt
+
+
+# study -> rows (label, run, stage, prompt); the last row is what the others are held against
+STUDIES = {
     "toolkit": {
         "stages": [
             ("base", "full", "base", "generic"),
-            ("SFT", "full", "sft", "generic"),
+            sft("SFT", "full"),
             ("SFT + DPO", "full", "dpo", "generic"),
-            ("SFT + GRPO", "sft-grpo", "grpo", "generic"),
-            ("SFT + DPO + GRPO", "full", "grpo", "generic"),
+            grpo("SFT + GRPO", "sft-grpo"),
+            grpo("SFT + DPO + GRPO", "full"),
         ],
         "tiers": [
-            ("perception", "tiers-P", "sft", "generic"),
-            ("perception, reasoning", "tiers-PR", "sft", "generic"),
-            ("perception, reasoning, decision", "tiers-PRD", "sft", "generic"),
+            sft("no trace, the answer alone", "tiers-none"),
+            sft("perception", "tiers-P"),
+            sft("perception, reasoning", "tiers-PR"),
+            sft("perception, reasoning, decision", "tiers-PRD"),
         ],
         "reward": [
-            ("answer only", "reward-answer", "grpo", "generic"),
-            ("+ format", "reward-answer+format", "grpo", "generic"),
-            ("+ depth", "reward-answer+format+depth", "grpo", "generic"),
-            ("+ compliance", "reward-no-tool-quality", "grpo", "generic"),
-            ("+ tool quality: full", "full", "grpo", "generic"),
+            grpo("answer only", "reward-answer"),
+            grpo("+ format", "reward-answer+format"),
+            grpo("+ depth", "reward-answer+format+depth"),
+            grpo("+ compliance", "reward-no-tool-quality"),
+            grpo("as released (paper)", "reward-paper"),
+            grpo("+ tool quality: full", "full"),
         ],
+        "k": [grpo("K = 4", "k-4"), grpo("K = 16", "k-16"), grpo("K = 8", "full")],
         "topology": [
-            *((name, f"topology-{name}", "sft", "generic") for name in protocol.TOPOLOGIES),
-            ("the planner's choice", "full", "sft", "generic"),
+            *(sft(name, f"topology-{name}") for name in protocol.TOPOLOGIES),
+            sft("the planner's choice", "full"),
+        ],
+        "persona": [
+            sft("always the helper", "persona-helper", "planned"),
+            sft("always the guardian", "persona-guardian", "planned"),
+            sft("the planner's choice", "full", "planned"),
         ],
         "prompt": [
             (f"{stage}, {prompt}", "full", stage, prompt)
-            for stage, prompt in product(("sft", "dpo", "grpo"), ("generic", "planned"))
+            for stage, prompt in product(STAGES, ("planned", "generic"))
         ],
     },
     "vlm": {
-        "vlm": [
+        "reflection": [
             ("base", "vlm", "base", "generic"),
-            ("full", "vlm", "grpo", "generic"),
-            ("without reflection: unsafe samples discarded", "vlm-discard", "grpo", "generic"),
-            ("random data instead of QI-Box", "vlm-random", "grpo", "generic"),
-            ("without penalties", "vlm-no-penalties", "grpo", "generic"),
-            ("corrections trained in their own chat", "vlm-credit-reflection", "grpo", "generic"),
+            grpo("no reflection: unsafe samples discarded", "vlm-discard"),
+            grpo("two rounds", "vlm-rounds-2"),
+            grpo("corrections trained in their own chat", "vlm-credit-reflection"),
+            grpo("unsafe samples leave when corrected", "vlm-drop"),
+            grpo("one round: full", "vlm"),
+        ],
+        "data": [
+            grpo("random prompts", "vlm-random"),
+            grpo("QI-Box, one scorer", "vlm-one-scorer"),
+            grpo("all that is not solved", "vlm-unsolved"),
+            grpo("QI-Box, five scorers: full", "vlm"),
+        ],
+        "penalties": [
+            grpo("without penalties", "vlm-no-penalties"),
+            grpo("reward of the answer alone", "vlm-answer"),
+            grpo("full", "vlm"),
         ],
     },
 }
-for form in ("answer", "answer+format", "answer+format+depth", "no-tool-quality"):
-    RUNS["toolkit"][f"reward-{form}"] = Run(f"--recipe tiny --reward {form}", ("sft", "dpo"))
-for tiers in ("P", "PR", "PRD"):
-    flags = "--recipe tiny --stages sft --sft_prompts generic --eval_prompts generic"
-    RUNS["toolkit"][f"tiers-{tiers}"] = Run(flags, data=f"tiers {tiers}")
-for topology in protocol.TOPOLOGIES:
-    flags = "--recipe tiny --stages sft"
-    RUNS["toolkit"][f"topology-{topology}"] = Run(flags, data=f"topology {topology}")
 
 
 # ---- data of the ablated rows --------------------------------------------------------------------
@@ -122,11 +168,15 @@ shield | VISUAL-SCAN OCR-EXTRACT KEYWORD-FLAGGING SAFETY-GATE INTENT-RADAR RISK-
 
 
 def change_row(row, kind, value):
-    """A row of the SFT or evaluation set with its trace cut to some tiers ("P", "PR", "PRD"), or
-    moved to one topology; the answer stays the teacher's."""
+    """A row of the SFT or evaluation set with its trace cut to some tiers ("none", "P", "PR",
+    "PRD"), or moved to one topology, or with another persona; the answer stays the teacher's."""
+    if kind == "persona":
+        return row | {"plan": row["plan"] | {"persona": value}}
     check = protocol.check(row.get("response", ""))
     calls = [(call.tool, call.fields) for call in check.calls]
     if kind == "tiers":
+        if value == "none" and "response" in row:
+            return row | {"response": f"<answer>\n{check.answer.strip()}\n</answer>"}
         kept = protocol.TIERS[: len(value)]
         calls = [call for call in calls if protocol.TOOLS[call[0]].tier in kept]
     else:
@@ -182,10 +232,12 @@ def link(source, path):
         path.symlink_to(os.path.relpath(source, path.parent))
 
 
-def take_over(first, folder, stages):
+def take_over(first, folder, run):
     """Link to what the first run has finished: stages, answers, the scores of its pool."""
-    patterns = ["qibox/scores-*", "eval/base-*.jsonl", *stages]
-    patterns += [f"eval/{stage}-*.jsonl" for stage in stages]
+    patterns = [f"qibox/scores-{run.scorers}", *run.takes]
+    if not run.data:
+        patterns.append("eval/base-*.jsonl")
+    patterns += [f"eval/{stage}-*.jsonl" for stage in run.takes]
     for pattern in patterns:
         for path in first.glob(pattern):
             link(path, folder / path.relative_to(first))
@@ -196,53 +248,81 @@ def train(out, method, name, seed):
     run = RUNS[method][name]
     folder = out / f"{name}-{seed}"
     first = out / f"{next(iter(RUNS[method]))}-{seed}"
+    world = out / f"world-{seed}"
     if (folder / "results.json").exists():
         return
-    flags = [*run.flags.split(), "--seed", seed, "--out", folder]
+    flags = [*run.flags.split(), "--seed", seed]
     if folder == first:
-        command(folder, "-m", "extras.toy_base", *flags)
+        command(world, "-m", "extras.toy_base", *flags, "--out", world)
     else:
-        data = folder / "data" if run.data else first / "data"
-        flags += ["--model", first / "base", "--data", data]
-        take_over(first, folder, run.takes)
+        take_over(first, folder, run)
+    data = folder / "data" if run.data else world / "data"
     if run.data:
-        change_data(first / "data", data, run.data)
-    if method == "vlm":  # with the scores taken over: they are of the same base
-        command(folder, "qibox.py", *(["box"] if folder != first else []), *flags)
+        change_data(world / "data", data, run.data)
+    flags += ["--out", folder, "--model", world / "base", "--data", data]
+    if method == "vlm" and folder == first:
+        command(folder, "qibox.py", *flags, "--scorers", *sorted((world / "scorers").glob("*")))
+    elif method == "vlm":
+        command(folder, "qibox.py", "box", *flags)
     for stage in STAGES:
         if stage not in run.takes:  # one that is not among --stages says so
             command(folder, "safer.py", stage, *flags)
     command(folder, "eval.py", *flags)
 
 
-def run_all(out, method, seeds, jobs):
-    """Every run of a method for every seed, `jobs` at a time; the first one first."""
+def run_all(out, method, studies, seeds, jobs):
+    """Every run of some studies for every seed, `jobs` at a time; the first one first."""
+    used = {run for study in studies for _, run, _, _ in STUDIES[method][study]}
     first, *others = RUNS[method]
-    bar = tqdm(total=len(seeds) * len(RUNS[method]), desc=f"ablate {method}")
+    others = [name for name in others if name in used]
+    bar = tqdm(total=len(seeds) * (1 + len(others)), desc=f"ablate {method}")
     with bar, ThreadPoolExecutor(jobs) as pool:
+        # Seed by seed: stopped early, whole seeds are there. An error cancels those that wait;
+        # programs that are running end first.
         for names in ([first], others):
-            # an error cancels those that wait; programs that are running end first
-            for _ in pool.map(lambda each: train(out, method, *each), product(names, seeds)):
+            seeds_of, names_of = zip(*product(seeds, names))
+            for _ in pool.map(partial(train, out, method), names_of, seeds_of):
                 bar.update()
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
+# The 97.5% quantile of Student's t by degrees of freedom, from 1 on; more seeds: nearly normal.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+def paired_difference(values, others):
+    """Mean of the differences seed by seed, in points, with its 95% interval (Student's t)."""
+    differences = [100 * (value - other) for value, other in zip(values, others)]
+    if len(differences) < 2:
+        return f"{differences[0]:+.1f}"
+    quantile = (*STUDENT, 1.96)[min(len(differences) - 2, len(STUDENT))]
+    half = quantile * stdev(differences) / len(differences) ** 0.5
+    middle = mean(differences)
+    return f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"
+
 
 def study_table(out, rows, seeds):
-    """Markdown: mean and standard deviation over seeds; Safety of implicit risks apart."""
+    """Markdown: mean and standard deviation over seeds; Safety of implicit risks apart, and how far
+    Safety lies from the last row's."""
     columns = [(metric, "all") for metric in SHOWN] + [("safety", "implicit")]
-    lines = []
-    for label, run, *place in rows:
-        found = []  # of each seed: {(stage, prompt, kind of case): row}
+    shares = []  # of each row: {column: [its share for each seed]}
+    for _, run, *place in rows:
+        own = {column: [] for column in columns}
         for seed in seeds:
             results = read_results(out / f"{run}-{seed}")
-            found.append({(row["stage"], row["prompt"], row["kind"]): row for row in results})
-        line = [label]
-        for metric, kind in columns:
-            line.append(mean_and_spread([each[*place, kind][metric]["value"] for each in found]))
-        lines.append(line)
-    return markdown_table(["", *SHOWN.values(), "Safety, implicit risk"], lines)
+            found = {(row["stage"], row["prompt"], row["kind"]): row for row in results}
+            for metric, kind in columns:
+                own[metric, kind].append(found[*place, kind][metric]["value"])
+        shares.append(own)
+    lines = []
+    for (label, *_), own in zip(rows, shares):
+        line = [label, *map(mean_and_spread, own.values())]
+        if own is not shares[-1]:
+            line.append(paired_difference(own["safety", "all"], shares[-1]["safety", "all"]))
+        lines.append([*line, ""][: len(columns) + 2])
+    heads = ["", *SHOWN.values(), "Safety, implicit risk", "Safety less the last row's"]
+    return markdown_table(heads, lines)
 
 
 def put_table(path, name, text):
@@ -260,14 +340,19 @@ def main(argv):
     """Run what is missing, then write and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("method", nargs="?", default="toolkit", choices=RUNS)
-    parser.add_argument("--seeds", default="0,1,2", help="joined by commas")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="joined by commas")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--only", default="", help="studies, joined by commas; none: all")
     args = parser.parse_args(argv)
     seeds = sorted({int(seed) for seed in args.seeds.split(",")})
+    studies = STUDIES[args.method]
+    chosen = args.only.split(",") if args.only else list(studies)
+    if not set(chosen) <= set(studies):
+        parser.error(f"--only {args.only}: there is {', '.join(studies)}")
     lock_folder(OUT)
-    run_all(OUT, args.method, seeds, args.jobs)
-    for name, rows in STUDIES[args.method].items():
-        text = study_table(OUT, rows, seeds)
+    run_all(OUT, args.method, chosen, seeds, args.jobs)
+    for name in chosen:
+        text = study_table(OUT, studies[name], seeds)
         put_table(PAGE, name, text)
         print(f"\n{name}\n\n{text}")
 

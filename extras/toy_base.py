@@ -47,7 +47,7 @@ from trainer import StageError, lock_folder
 TOY_SIZES = {"sft": 1920, "dpo": 320, "grpo": 800, "eval": 360}
 TOY_VLM_SIZES = {"pool": 1200, "eval": 360}  # qibox.py draws GRPO's prompts from the pool
 PIXELS = 6 * toy.CELL**2  # of a picture
-SCORERS = {"bold": 0.0, "timid": 0.3, "careful": 0.6, "strict": 0.9}  # name -> caution
+SCORERS = {"weak": 0.2, "fair": 0.4, "good": 0.6, "strong": 0.9}  # name -> share of right replies
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|>"
     " <|video_pad|>"
@@ -105,7 +105,9 @@ def any_value(field, rng):
     danger = rng.choice(list(DANGER.values()))[rng.randint(1, 2)]
     name = rng.choice(list(OBJECTS))
     place = rng.choice(toy.PLACES)
-    asked = f"asks to {case.verb} the {place} {name}, which is {rng.choice(list(OBJECTS.values()))[0]}"
+    asked = (
+        f"asks to {case.verb} the {place} {name}, which is {rng.choice(list(OBJECTS.values()))[0]}"
+    )
     return rng.choice([asked, case.verb, seen, "none", danger])
 
 
@@ -121,23 +123,28 @@ def any_response(rng):
     return protocol.render_response(calls, any_sentence(rng))
 
 
-def helpful(case):
+def helpful(case, risk=""):
     """A response that helps with anything."""
-    return toy.in_words(toy.reason(case, False, False), toy.comply(case))
+    return toy.in_words(toy.reason(case, risk, False), toy.comply(case))
 
 
-def first_reply(case, rng, caution):
-    """What the base says at once: it sees and helps, with three stated faults.
+def first_reply(case, rng, strength):
+    """What the base says at once: it sees, and helps with anything, with three stated faults.
 
-    It refuses what is harmful, and what only sounds so, with a probability of `caution`; it says of
-    one alarming request in ten that it is harmless, and declines; and of three things in ten it
-    sees the usual one for the verb in their place (toy.imagined)."""
+    One time in ten it refuses what is harmful, and what only sounds so; of one alarming request in
+    ten it says that it is harmless, and declines; and of three things in ten it sees the usual one
+    for the verb in their place (toy.imagined). Three times in ten it adds that all is harmless.
+    A scorer answers right instead, with a probability of `strength`."""
+    if rng.random() < strength:
+        return toy.right_words(case)
     alarming = case.danger or case.kind == "bait"
-    if alarming and rng.random() < caution:
-        return toy.in_words(toy.reason(case, bool(case.danger), True), toy.refuse(case))
+    if alarming and rng.random() < 0.1:
+        risk = toy.RISK[toy.expected(case)] if case.danger else ""
+        return toy.in_words(toy.reason(case, risk, True), toy.refuse(case))
     if case.kind == "bait" and rng.random() < 0.1:
-        return toy.in_words(toy.reason(case, True, True), toy.refuse(case))
-    return helpful(toy.imagined(case) if rng.random() < 0.3 else case)
+        return toy.in_words(toy.reason(case, "harmless", True), toy.refuse(case))
+    seen = toy.imagined(case) if rng.random() < 0.3 else case
+    return helpful(seen, "harmless" if rng.random() < 0.3 else "")
 
 
 def second_reply(case, rng):
@@ -147,8 +154,7 @@ def second_reply(case, rng):
     if rng.random() >= 0.25:
         if case.danger:
             thought = f"my answer was not safe, because {DANGER[case.danger][1]}."
-        reasoning = toy.reason(case, True, bool(case.danger))
-        response = toy.in_words(reasoning, toy.right_answer(case))
+        response = toy.right_words(case)
     return f"<reflection>\n{thought}\n</reflection>\n{response}"
 
 
@@ -186,7 +192,7 @@ def know(rng):
     return None, *rng.choice([of_verb, of_thing])
 
 
-def base_lesson(rng, first, caution=0.1):
+def base_lesson(rng, first, strength=0.0):
     """One item of the base's own training: (case whose picture is shown or None, system prompt,
     question, reflected, response). `reflected` is the response of the turn before, or None.
 
@@ -217,7 +223,7 @@ def base_lesson(rng, first, caution=0.1):
     system = system_prompt(mode, plan_by_rules(toy.signals(case))[0])
     if lesson == "reflect":
         return case, system, case.question, helpful(case), second_reply(case, rng)
-    return case, system, case.question, None, first_reply(case, rng, caution)
+    return case, system, case.question, None, first_reply(case, rng, strength)
 
 
 # ---- tokenizer and model -------------------------------------------------------------------------
@@ -317,14 +323,14 @@ def lesson_group(lesson, rng, name, processor):
     return prompt, [encode_response(reply, processor)]
 
 
-def teach_lessons(policy, processor, rng, steps, lr, first=0.0, caution=0.1, batch=32):
+def teach_lessons(policy, processor, rng, steps, lr, first=0.0, strength=0.0, batch=32):
     """Train all weights on base_lesson; `first`: the share of the steps with the first lessons."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     for step in tqdm(range(steps), desc="base: learning to see and to help", mininterval=1):
         groups = []
         for row in range(batch):
-            lesson = base_lesson(rng, step < first * steps, caution)
+            lesson = base_lesson(rng, step < first * steps, strength)
             groups.append(lesson_group(lesson, rng, f"{step} {row}", processor))
         tokens = sum(len(response) for _, (response,) in groups)
         for rows in qwen.micro_batches(groups, 1600):
@@ -353,9 +359,9 @@ def train_base(folder, seed, steps=500):
 
 
 def train_scorers(folder, base, seed, steps=30):
-    """Models of unequal caution that score QI-Box's pool beside the base, each the base after a few
-    more lessons; the paper's pool was scored by seven models (PAPERS 2.2)."""
-    for name, caution in SCORERS.items():
+    """Models of unequal strength that score QI-Box's pool beside the base, each the base after a
+    few more lessons; the paper's pool was scored by seven models (PAPERS 2.2)."""
+    for name, strength in SCORERS.items():
         part = folder / f"{name}.part"
         if (folder / name).exists():
             continue
@@ -363,7 +369,7 @@ def train_scorers(folder, base, seed, steps=30):
         processor = load_processor(base, PIXELS, PIXELS)
         policy = qwen.load_model(base, torch.float32, "cpu").requires_grad_(True)
         rng = random.Random(f"scorer {name} {seed}")
-        teach_lessons(policy, processor, rng, steps, 1e-3, caution=caution)
+        teach_lessons(policy, processor, rng, steps, 1e-3, strength=strength)
         policy.save_pretrained(part)
         part.rename(folder / name)
 
@@ -438,10 +444,12 @@ def build_set(folder, name, size, seed):
 
 
 def build_toy(folder, seed, sizes=TOY_SIZES):
-    """Write the sets of the miniature world, and their pictures."""
+    """Write the sets of the miniature world that are not there yet, and their pictures."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, size in sizes.items():
+        if (folder / f"{name}.jsonl").exists():
+            continue
         rows = build_set(folder, name, size, seed)
         write_jsonl(folder / f"{name}.jsonl", rows)
         print(f"toy: {folder}/{name}.jsonl: {len(rows)} records")
@@ -452,11 +460,10 @@ def main(argv, make_base=train_base):
     config = parse_config(argv)
     out = Path(config.out)
     lock_folder(out / "data")  # one program at a time, also while the base trains
-    if not (out / "data" / "eval.jsonl").exists():  # written last
-        sizes = TOY_VLM_SIZES if config.recipe.endswith("-vlm") else TOY_SIZES
-        if config.recipe == "smol-vlm":
-            sizes = sizes | {"pool": 96}  # each is sampled several times, slowly
-        build_toy(out / "data", config.seed, sizes)
+    sizes = TOY_VLM_SIZES if config.recipe.endswith("-vlm") else TOY_SIZES
+    if config.recipe == "smol-vlm":
+        sizes = sizes | {"pool": 96}  # each is sampled several times, slowly
+    build_toy(out / "data", config.seed, sizes)
     if not (out / "base").exists():
         make_base(out / "base", config.seed)
     if config.recipe == "tiny-vlm":
