@@ -44,7 +44,7 @@ from judge import Case, Scores
 from trainer import StageError, lock_folder
 
 # Records; DPO: items before they become about three pairs each.
-TOY_SIZES = {"sft": 1920, "dpo": 320, "grpo": 800, "eval": 360}
+TOY_SIZES = {"sft": 1440, "dpo": 320, "grpo": 736, "eval": 360}
 TOY_VLM_SIZES = {"pool": 1200, "eval": 360}  # qibox.py draws GRPO's prompts from the pool
 PIXELS = 6 * toy.CELL**2  # of a picture
 SCORERS = {"weak": 0.2, "fair": 0.4, "good": 0.6, "strong": 0.9}  # name -> share of right replies
@@ -345,7 +345,7 @@ def teach_lessons(policy, processor, rng, steps, lr, first=0.0, strength=0.0, ba
         optimizer.zero_grad()
 
 
-def train_base(folder, seed, steps=500):
+def train_base(folder, seed, steps=450):
     """Train the tiny Qwen2.5-VL from nothing and save it as a model folder, which appears when it
     is whole."""
     part = Path(f"{folder}.part")
