@@ -103,7 +103,8 @@ def test_about_three_pairs_an_item_each_worse_as_it_is_named(folder):
     assert {row["perturbation"] for row in pairs} == {*build.PERTURBATIONS, "first-pass"}
     for row in pairs:
         totals = reward_totals(row, toy.case_of(row["meta"]))
-        assert totals[0] == 1.0 and totals[1] < 1.0, (row["id"], totals)
+        # a plan has one tool more than the world's traces use, at a sixth of the depth
+        assert totals[0] > 0.98 and totals[1] < totals[0], (row["id"], totals)
         kind = row["perturbation"]
         good, bad = (protocol.check(row[side], plan_of(row)) for side in ("chosen", "rejected"))
         found = {fault.kind for fault in bad.violations}

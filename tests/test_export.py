@@ -147,12 +147,12 @@ def test_template_renders_what_training_used(exported):
 def test_limits_dtype_and_generation_are_the_runs(exported):
     """Guards: the library's own pixel limits, and a generation config that samples, in what others
     will serve."""
-    size = {"shortest_edge": 3136, "longest_edge": 3136}
+    size = {"shortest_edge": 4704, "longest_edge": 4704}
     processor = data.load_processor(exported / "model", 1, 2)
     assert dict(processor.image_processor.size) == size
     # older libraries read one pair, newer the other
     written = json.loads((exported / "model" / "preprocessor_config.json").read_text())
-    assert written["size"] == size and written["min_pixels"] == written["max_pixels"] == 3136
+    assert written["size"] == size and written["min_pixels"] == written["max_pixels"] == 4704
     assert json.loads((exported / "model" / "config.json").read_text())["dtype"] == "float32"
     settings = GenerationConfig.from_pretrained(exported / "model")
     assert not settings.do_sample and settings.max_new_tokens == 24
@@ -191,7 +191,7 @@ def test_bfloat16_run_of_a_base_that_transformers_5_saved(tmp_path):
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert not (model / "preprocessor_config.json").exists()
     size = data.load_processor(model, 1, 2).image_processor.size
-    assert dict(size) == {"shortest_edge": 3136, "longest_edge": 3136}
+    assert dict(size) == {"shortest_edge": 4704, "longest_edge": 4704}
 
 
 def test_what_is_refused_at_export(run_folder, exported, tmp_path, monkeypatch):
