@@ -120,7 +120,7 @@ def draw(rng, name, processor):
     pool = signs if rng.random() < 0.5 else toy_base.TRAIN[rng.choice(toy.KINDS)]
     case = toy.draw_case(rng.choice(pool), rng)
     below = ["sign", case.sign, case.sign] if case.sign else ["empty"] * 3
-    picture = make_image(toy.draw_scene(case, rng), name, processor)
+    picture = make_image(toy_base.draw_scene(case, rng), name, processor)
     return picture, [*toy.things(case), *below]
 
 

@@ -19,15 +19,10 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import product
 
-import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
-
 import protocol
 from build import plan_by_rules
 from judge import Grades, JudgeError, Scores, Verdict
 
-CELL = 28  # pixels: one cell is one image token (patch 14, merge 2)
 PLACES = ("left", "middle", "right")  # of the three objects; a sign may say one, too
 
 
@@ -170,15 +165,8 @@ def split_cases():
     return train, held
 
 
-def usual_things():
-    """verb -> the first safe object that training cases have it done to."""
-    usual = {}
-    for case in split_cases()[0]["benign"]:
-        usual.setdefault(case.verb, case.obj)
-    return usual
-
-
-USUAL = usual_things()
+# verb -> the first safe object that training cases have it done to
+USUAL = {case.verb: case.obj for case in reversed(split_cases()[0]["benign"])}
 
 
 def draw_row(case, rng):
@@ -203,8 +191,9 @@ def things(case):
 
 def located(case):
     """What is asked about, an object with its place: what a trace says of it."""
-    words = case.scene.replace(",", "").split()
-    return f"the {words[words.index(case.obj) - 1]} {case.obj}" if case.obj else case.thing
+    if not case.obj:
+        return case.thing
+    return f"the {PLACES[things(case).index(case.obj)]} {case.obj}"
 
 
 def draw_case(case, rng):
@@ -220,13 +209,12 @@ def draw_case(case, rng):
         question = f"{WRAPPERS[case.wrapper]} how to {case.verb} {phrase}{context}."
     elif case.sign:
         question = f"{ask} do what the sign says to {phrase}{context}?"
-    may_be_noisy = case.kind in ("implicit", "benign") and not sign
     return replace(
         case,
         scene=", ".join(map(" ".join, zip(PLACES, row))),
         phrase=phrase,
         sign=sign,
-        unclear=may_be_noisy and rng.random() < 0.15,
+        unclear=case.kind in ("implicit", "benign") and not sign and rng.random() < 0.15,
         question=question,
     )
 
@@ -661,62 +649,3 @@ class ToyJudge:
             missing_grounding=ungrounded(case, claims),
             form=FORM_OF.get(form),
         )
-
-
-# ---- pictures ------------------------------------------------------------------------------------
-
-
-SHAPES = table("""
-disc   | ellipse 4 4 23 23
-loaf   | loaf 2 9 25 23
-tower  | box 7 12 20 24 | hole 10 4 17 11
-bottle | box 8 9 19 25 | box 12 2 15 9
-blade  | polygon 3 24 24 3 24 18
-zigzag | line4 2 20 6 8 10 20 14 8 18 20 22 8 26 20
-line   | line3 4 23 23 4
-star   | line3 14 3 14 25 | line3 3 14 25 14 | line3 6 6 22 22 | line3 6 22 22 6
-""")  # shape -> strokes: how, then the points of it in a cell
-
-
-def draw_object(pen, shape, color, left, top):
-    """One object into the cell whose corner is (left, top)."""
-    for stroke in SHAPES[shape]:
-        how, *numbers = stroke.split()
-        numbers = list(map(int, numbers))
-        points = [(left + x, top + y) for x, y in zip(numbers[::2], numbers[1::2])]
-        if how == "ellipse":
-            pen.ellipse(points, fill=color)
-        elif how == "loaf":
-            pen.rounded_rectangle(points, 6, fill=color)
-        elif how == "polygon":
-            pen.polygon(points, fill=color)
-        elif how in ("box", "hole"):
-            pen.rectangle(points, fill=color if how == "box" else "black")
-        else:
-            pen.line(points, fill=color, width=int(how[-1]))
-
-
-def draw_scene(case, rng):
-    """An 84 x 56 picture: three objects, each on a ground of its own, and a sign or nothing below.
-
-    The grounds are near middle brightness, which is 0 after normalization: what is drawn on them is
-    what the vision tower sees first. Their tints tell the places apart, as a shelf's boards would.
-    """
-    size = (3 * CELL, 2 * CELL)
-    picture = PIL.Image.new("RGB", size, (115, 115, 105))
-    pen = PIL.ImageDraw.Draw(picture)
-    for place, name in enumerate(things(case)):
-        left = CELL * place
-        ground = [rng.randrange(85, 105) for _ in range(3)]
-        ground[place] += 50
-        pen.rectangle((left, 0, left + CELL - 1, CELL - 1), fill=tuple(ground))
-        _, shape, color = OBJECTS[name]
-        draw_object(pen, shape, color, left, 0)
-    if case.sign:
-        font = PIL.ImageFont.load_default(13)
-        pen.text((1, CELL + 6), case.sign.upper(), fill="white", font=font, stroke_width=1)
-    if case.unclear:
-        for _ in range(250):
-            place = (rng.randrange(size[0]), rng.randrange(size[1]))
-            picture.putpixel(place, tuple(rng.randrange(256) for _ in range(3)))
-    return picture

@@ -2,10 +2,12 @@
 and what it is taught before any stage.
 
     python -m extras.toy_base --recipe tiny        writes out/tiny/data and trains out/tiny/base
+    python -m extras.toy_base --recipe tiny-vlm    also the models of out/tiny-vlm/scorers
 
 What is real: the architecture, the chat template and special tokens, the image processor,
-save_pretrained. The base learns to see, to help with anything, and to reflect on an answer when it
-is asked to: it is fluent, unsafe, and writes no tool trace. Ours; see toy.py.
+save_pretrained. The base learns single steps (to see, to find what a phrase points at, to know what
+things are like), to help with anything, and to reflect on an answer when it is asked to: it is
+fluent, unsafe, imagines things in stated ways, and writes no tool trace. Ours; see toy.py.
 """
 
 import random
@@ -13,6 +15,9 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -46,7 +51,8 @@ from trainer import StageError, lock_folder
 # Records; DPO: items before they become about three pairs each.
 TOY_SIZES = {"sft": 1440, "dpo": 320, "grpo": 736, "eval": 360}
 TOY_VLM_SIZES = {"pool": 1200, "eval": 360}  # qibox.py draws GRPO's prompts from the pool
-PIXELS = 6 * toy.CELL**2  # of a picture
+CELL = 28  # pixels: one cell is one image token (patch 14, merge 2)
+PIXELS = 6 * CELL**2  # of a picture
 SCORERS = {"weak": 0.2, "fair": 0.4, "good": 0.6, "strong": 0.9}  # name -> share of right replies
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|>"
@@ -75,6 +81,65 @@ WORDS = sorted(
 TRAIN, HELD = toy.split_cases()  # cases by kind
 POOL = sum(TRAIN.values(), [])  # all that may be shown in training
 HELD_PAIRS = {(case.verb, case.thing) for case in sum(HELD.values(), [])}
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+STROKES = toy.table("""
+disc   | ellipse 4 4 23 23
+loaf   | loaf 2 9 25 23
+tower  | box 7 12 20 24 | hole 10 4 17 11
+bottle | box 8 9 19 25 | box 12 2 15 9
+blade  | polygon 3 24 24 3 24 18
+zigzag | line4 2 20 6 8 10 20 14 8 18 20 22 8 26 20
+line   | line3 4 23 23 4
+star   | line3 14 3 14 25 | line3 3 14 25 14 | line3 6 6 22 22 | line3 6 22 22 6
+""")  # shape -> strokes: how, then the points of it in a cell
+
+
+def draw_object(pen, shape, color, left, top):
+    """One object into the cell whose corner is (left, top)."""
+    for stroke in STROKES[shape]:
+        how, *numbers = stroke.split()
+        numbers = list(map(int, numbers))
+        points = [(left + x, top + y) for x, y in zip(numbers[::2], numbers[1::2])]
+        if how == "ellipse":
+            pen.ellipse(points, fill=color)
+        elif how == "loaf":
+            pen.rounded_rectangle(points, 6, fill=color)
+        elif how == "polygon":
+            pen.polygon(points, fill=color)
+        elif how in ("box", "hole"):
+            pen.rectangle(points, fill=color if how == "box" else "black")
+        else:
+            pen.line(points, fill=color, width=int(how[-1]))
+
+
+def draw_scene(case, rng):
+    """An 84 x 56 picture: three objects, each on a ground of its own, and a sign or nothing below.
+
+    The grounds are near middle brightness, which is 0 after normalization: what is drawn on them is
+    what the vision tower sees first. Their tints tell the places apart, as a shelf's boards would.
+    """
+    size = (3 * CELL, 2 * CELL)
+    picture = PIL.Image.new("RGB", size, (115, 115, 105))
+    pen = PIL.ImageDraw.Draw(picture)
+    for place, name in enumerate(toy.things(case)):
+        left = CELL * place
+        ground = [rng.randrange(85, 105) for _ in range(3)]
+        ground[place] += 50
+        pen.rectangle((left, 0, left + CELL - 1, CELL - 1), fill=tuple(ground))
+        _, shape, color = OBJECTS[name]
+        draw_object(pen, shape, color, left, 0)
+    if case.sign:
+        font = PIL.ImageFont.load_default(13)
+        pen.text((1, CELL + 6), case.sign.upper(), fill="white", font=font, stroke_width=1)
+    if case.unclear:
+        for _ in range(250):
+            place = (rng.randrange(size[0]), rng.randrange(size[1]))
+            picture.putpixel(place, tuple(rng.randrange(256) for _ in range(3)))
+    return picture
 
 
 # ---- what the base is taught ---------------------------------------------------------------------
@@ -315,7 +380,7 @@ def lesson_group(lesson, rng, name, processor):
     case, system, question, reflected, reply = lesson
     images = ()
     if case:
-        images = (make_image(toy.draw_scene(case, rng), name, processor),)
+        images = (make_image(draw_scene(case, rng), name, processor),)
     prompt = encode_prompt(system, question, images, processor)
     if reflected:
         turn = encode_response(reflected, processor)
@@ -380,7 +445,7 @@ def train_scorers(folder, base, seed, steps=30):
 def toy_record(name, case, plan, rng, folder):
     """Draw the picture of a case and write its record."""
     path = f"images/{name}.png"
-    toy.draw_scene(case, rng).save(folder / path)
+    draw_scene(case, rng).save(folder / path)
     meta = {
         "kind": case.kind,
         "expected": toy.expected(case),

@@ -16,7 +16,7 @@ import config
 import data
 import judge
 import protocol
-from extras import toy
+from extras import toy, toy_base
 from extras.toy_base import HELD_PAIRS, build_toy
 from reward import compute_reward
 
@@ -189,7 +189,7 @@ def pool(tmp_path_factory):
     lines = []
     for i, case in enumerate(CASES):
         image = f"images/{i}.png"
-        toy.draw_scene(case, random.Random(i)).save(folder / image)
+        toy_base.draw_scene(case, random.Random(i)).save(folder / image)
         meta = {"source": "toy" if i % 3 else "other"}
         if i % 2:
             meta["signals"] = toy.signals(case)

@@ -308,7 +308,7 @@ def test_the_model_is_a_folder_like_any_other(folder):
     ]
     assert policy.config.text_config.eos_token_id == processor.end_of_turn
     case = toy.draw_case(HELD["typographic"][0], random.Random(0))
-    picture = data.make_image(toy.draw_scene(case, random.Random(0)), "x", processor)
+    picture = data.make_image(toy_base.draw_scene(case, random.Random(0)), "x", processor)
     prompt = data.encode_prompt(data.system_prompt("generic"), case.question, (picture,), processor)
     assert prompt.ids.count(processor.special["<|image_pad|>"]) == 6
     features = modeling.encode_images(policy, [picture])
@@ -337,7 +337,7 @@ def test_pictures_show_their_case():
     shown += [("left apple, middle cake, right saw", sign) for sign in signs]
     for scene, sign in shown:
         case = toy.Case("benign", "draw", "x", scene=scene, sign=sign)
-        scenes.add(toy.draw_scene(case, random.Random(0)).tobytes())
+        scenes.add(toy_base.draw_scene(case, random.Random(0)).tobytes())
     assert len(scenes) == len(shown)
 
 

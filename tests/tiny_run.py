@@ -78,8 +78,8 @@ def metrics(folder, name):
 
 
 def same(one, other, stages=STAGES):
-    """The same adapter files to the last bit, each step once in the metrics with the same values, the
-    same samples, no parts left."""
+    """The same adapter files to the last bit, each step once in the metrics with the same values,
+    the same samples, no parts left."""
     for name in stages:
         first, second = ((run / name / "adapter.safetensors").read_bytes() for run in (one, other))
         assert first == second, name
