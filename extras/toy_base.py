@@ -49,7 +49,7 @@ from judge import Case, Scores
 from trainer import StageError, lock_folder
 
 # Records; DPO: items before they become about three pairs each.
-TOY_SIZES = {"sft": 1440, "dpo": 320, "grpo": 736, "eval": 360}
+TOY_SIZES = {"sft": 1920, "dpo": 240, "grpo": 672, "eval": 360}
 TOY_VLM_SIZES = {"pool": 1200, "eval": 360}  # qibox.py draws GRPO's prompts from the pool
 CELL = 28  # pixels: one cell is one image token (patch 14, merge 2)
 PIXELS = 6 * CELL**2  # of a picture
@@ -410,7 +410,7 @@ def teach_lessons(policy, processor, rng, steps, lr, first=0.0, strength=0.0, ba
         optimizer.zero_grad()
 
 
-def train_base(folder, seed, steps=450):
+def train_base(folder, seed, steps=500):
     """Train the tiny Qwen2.5-VL from nothing and save it as a model folder, which appears when it
     is whole."""
     part = Path(f"{folder}.part")
