@@ -247,7 +247,7 @@ def test_two_models(start, world):
     numbers, a box that stays as it was."""
     folder = start()
     alone = statuses(folder)
-    start("score", "--model", str(world / "base"))
+    start("score", "--scorers", str(world / "base"))
     first, second = map(data.read_jsonl, sorted(folder.glob("scores-*.jsonl")))
     assert [row["scores"] for row in first] != [row["scores"] for row in second]
     start("box")

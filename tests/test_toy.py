@@ -317,6 +317,28 @@ def test_the_model_is_a_folder_like_any_other(folder):
     assert 1 <= len(sample.tokens) <= 8
 
 
+def test_scorers_are_models_of_unequal_strength(folder, tmp_path):
+    """Guards: scorers that are one model under several names, that are trained again at every
+    start, or whose lessons are no better than the base's."""
+    toy_base.train_scorers(tmp_path, folder, seed=0, steps=1)
+    files = sorted(tmp_path.glob("*/model.safetensors"))
+    assert [path.parent.name for path in files] == sorted(toy_base.SCORERS)
+    assert len({path.read_bytes() for path in files}) == 4
+    policy = modeling.load_model(files[0].parent, torch.float32, "cpu")
+    assert not any(parameter.requires_grad for parameter in policy.parameters())
+    written = [path.stat().st_mtime_ns for path in files]
+    toy_base.train_scorers(tmp_path, folder, seed=0, steps=1)
+    assert [path.stat().st_mtime_ns for path in files] == written
+
+    for strength in toy_base.SCORERS.values():
+        rng = random.Random(0)
+        right = []
+        for case in drawn(TRAIN, 1):
+            if case.danger:
+                right.append(toy_base.first_reply(case, rng, strength) == toy.right_words(case))
+        assert abs(sum(right) / len(right) - strength) < 0.15
+
+
 def test_public_shapes():
     """Guards: a wrong number in the table of shapes: the released checkpoints hold 3.755 and 8.292
     billion weights."""
