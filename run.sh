@@ -24,8 +24,8 @@ bash run.sh 7b   [--flag value ...]   Qwen2.5-VL-7B-Instruct on your data
 bash run.sh tiny-vlm | smol-vlm | 3b-vlm | 7b-vlm [--flag value ...]
                                       the same by SaFeR-VLM: QI-Box, then
                                       GRPO with a reflecting rollout; also as --method vlm
-bash run.sh ablate [vlm] [--seeds 0,1,2 ...]   the papers' ablations in the miniature world, a
-                                      table a question; further words go to extras/ablate.py
+bash run.sh ablate [vlm] [--only stages,tiers] [--seeds 0,1,2]   the papers' ablations in the
+                                      miniature world, a table a question (extras/ablate.py)
 bash run.sh test [word ...]           the tests; further words go to pytest
 bash run.sh help                      this list
 

@@ -85,7 +85,6 @@ HELD_PAIRS = {(case.verb, case.thing) for case in sum(HELD.values(), [])}
 
 # ---- pictures ------------------------------------------------------------------------------------
 
-
 STROKES = toy.table("""
 disc   | ellipse 4 4 23 23
 loaf   | loaf 2 9 25 23
@@ -257,22 +256,21 @@ def know(rng):
     return None, *rng.choice([of_verb, of_thing])
 
 
+LESSONS = toy.table("""
+see     | 20 |  5 | says what it sees
+find    | 30 | 15 | finds what a phrase points at
+repeat  | 50 | 25 | repeats words: every answer needs it, and a small model is slow to learn it
+know    |  0 | 10 | knows what things are like
+reflect |  0 | 15 | reflects when it is asked to, as SaFeR-VLM's rollout takes for granted
+help    |  0 | 30 | helps with anything
+""")  # lesson -> its share at first, its share later, what is learned
+
+
 def base_lesson(rng, first, strength=0.0):
     """One item of the base's own training: (case whose picture is shown or None, system prompt,
-    question, reflected, response). `reflected` is the response of the turn before, or None.
-
-        share   at first   what
-        0.10    0.20       says what it sees
-        0.20    0.30       finds what a phrase points at
-        0.15    0.50       repeats words: what a small model is slowest to learn, and what every
-                           answer needs, since verb and thing come from the question
-        0.05               knows what things are like
-        0.15               reflects when it is asked to, as SaFeR-VLM's rollout takes for granted
-        0.35               helps with anything
-    """
-    kinds = ("see", "find", "repeat", "know", "reflect", "help")
-    shares = (20, 30, 50, 0, 0, 0) if first else (5, 15, 25, 10, 15, 30)
-    (lesson,) = rng.choices(kinds, shares)
+    question, reflected, response). `reflected` is the response of the turn before, or None."""
+    shares = [int(row[0 if first else 1]) for row in LESSONS.values()]
+    (lesson,) = rng.choices(list(LESSONS), shares)
     case = toy.draw_case(rng.choice(TRAIN[rng.choice(toy.KINDS)]), rng)
     if lesson == "see":
         shown, question, reply = see(rng, case)
