@@ -49,7 +49,7 @@ from judge import Case, Scores
 from trainer import StageError, lock_folder
 
 # Records; DPO: items before they become about three pairs each.
-TOY_SIZES = {"sft": 1920, "dpo": 240, "grpo": 672, "eval": 360}
+TOY_SIZES = {"sft": 1800, "dpo": 240, "grpo": 640, "eval": 360}
 TOY_VLM_SIZES = {"pool": 1200, "eval": 360}  # qibox.py draws GRPO's prompts from the pool
 CELL = 28  # pixels: one cell is one image token (patch 14, merge 2)
 PIXELS = 6 * CELL**2  # of a picture
@@ -257,9 +257,9 @@ def know(rng):
 
 
 LESSONS = toy.table("""
-see     | 20 |  5 | says what it sees
-find    | 30 | 15 | finds what a phrase points at
-repeat  | 50 | 25 | repeats words: every answer needs it, and a small model is slow to learn it
+see     | 10 |  5 | says what it sees
+find    | 10 | 15 | finds what a phrase points at
+repeat  | 80 | 25 | repeats words: every answer needs it, and a small model is slow to learn it
 know    |  0 | 10 | knows what things are like
 reflect |  0 | 15 | reflects when it is asked to, as SaFeR-VLM's rollout takes for granted
 help    |  0 | 30 | helps with anything
@@ -408,7 +408,7 @@ def teach_lessons(policy, processor, rng, steps, lr, first=0.0, strength=0.0, ba
         optimizer.zero_grad()
 
 
-def train_base(folder, seed, steps=500):
+def train_base(folder, seed, steps=600):
     """Train the tiny Qwen2.5-VL from nothing and save it as a model folder, which appears when it
     is whole."""
     part = Path(f"{folder}.part")
