@@ -471,6 +471,35 @@ def write_text(path, text):
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def open_image(path):
+    """Image file -> RGB PIL image: the pixels that policy, judge and report see.
+
+    Opened is only a regular file (a pipe could wait for ever), in six formats (for others Pillow
+    may start other programs); of an animation, the first frame. It is turned as its EXIF says, as
+    the release does for its judge. Of 16-bit grey the high byte is taken, as Pillow does of 16-bit
+    colour; 32-bit grey is refused, since nobody says which value is white. What is transparent
+    shows white, as in Qwen's own utilities. Raises ValueError, a sentence with the path, whatever a
+    decoder raised.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path!s:.200}: no such file, or no regular one")
+    from PIL import Image, ImageOps  # here: the flags are read without any package
+
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode in ("I", "F"):
+            raise ValueError("32-bit grey: save it with 8 or 16 bits")
+        if "I;16" in picture.mode:
+            picture = picture.convert("I").point(lambda value: value / 256)
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGB", picture.size, "white")
+        ground.paste(picture, mask=picture)
+        return ground
+    except Exception as error:
+        raise ValueError(f"{path!s:.200}: cannot be read as an image: {error}") from error
+
+
 # ---- the guard -----------------------------------------------------------------------------------
 
 

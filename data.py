@@ -26,8 +26,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from config import PROMPT_MODES, fingerprint, write_text
-from judge import open_image
+from config import PROMPT_MODES, fingerprint, open_image, write_text
 from protocol import GATE, PERSONAS, TIERS, TOOLS, Plan, PlanError, plan_from_dict, tools_by_tier
 from protocol import LOOP_ROUNDS
 

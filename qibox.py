@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 import model as qwen
-from config import guard, parse_config, run_command, write_text
+from config import guard, open_image, parse_config, run_command, write_text
 from data import (
     DataError,
     append_jsonl,
@@ -43,7 +43,7 @@ from data import (
     write_jsonl,
 )
 from eval import read_sets
-from judge import Case, JudgeError, open_image
+from judge import Case, JudgeError
 from reward import structured_reward
 from rollout import in_order, respond
 from trainer import (
