@@ -356,8 +356,8 @@ class EndpointJudge:
         # a malformed address is not quoted: it may hold a key
         if not self.model or not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", self.url):
             raise JudgeError(
-                f"set {self.prefix}_URL and {self.prefix}_MODEL: an OpenAI-compatible server and its "
-                "model; the URL must look like http://localhost:8000/v1, with no key in it"
+                f"set {self.prefix}_URL and {self.prefix}_MODEL: an OpenAI-compatible server and "
+                "its model; the URL must look like http://localhost:8000/v1, with no key in it"
             )
         if not re.fullmatch(r"[\x21-\x7e]*", self.key):
             raise JudgeError(f"{self.prefix}_KEY holds white space or signs outside ASCII")
