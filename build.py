@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import protocol
 from config import ConfigError, fingerprint, guard, parse_config, refuse_dry_run, run_command
-from config import write_text
+from config import open_image, write_text
 from data import (
     SETS,
     DataError,
@@ -50,8 +50,7 @@ from judge import (
     Scores,
     image_data_url,
     judge_from_env,
-    open_image,
-    user_message,
+    open_chat,
 )
 from protocol import GATE, PERSONAS, TOOLS, Plan, PlanError, make_plan, plan_from_dict
 from qibox import image_hash, normalized, record_row
@@ -183,10 +182,7 @@ def plan_by_endpoint(ask, question, image_urls, signals, retries=2) -> tuple[Pla
 
     ask(messages) -> str; what it raises passes through. A reply that is no valid plan is sent back
     with its errors; after `retries` more the rules take over, and the sentence says so."""
-    messages = [
-        {"role": "system", "content": planner_prompt()},
-        user_message(question, image_urls),
-    ]
+    messages = open_chat(planner_prompt(), question, image_urls)
     for _ in range(retries + 1):
         reply = ask(messages)
         try:  # prose and code fences around one object are fine
@@ -195,7 +191,7 @@ def plan_by_endpoint(ask, question, image_urls, signals, retries=2) -> tuple[Pla
         except (PlanError, ValueError, RecursionError) as error:
             problem = f"Not usable: {error} Reply with the JSON only."
         draft = {"role": "assistant", "content": reply}
-        messages = [*messages, draft, user_message(problem, [])]
+        messages = [*messages, draft, {"role": "user", "content": problem}]
     plan, why = plan_by_rules(signals)
     return plan, f"By rule, since no reply was usable (last: {problem}): {why}"
 
@@ -378,7 +374,7 @@ def draft(record, config, teacher, scorer=None):
 def ask_teacher(record, plan, teacher, urls):
     """The teacher's response, checked; an illegal one is sent back with its faults."""
     system = system_prompt("planned", plan) + TEACHER_NOTE
-    messages = [{"role": "system", "content": system}, user_message(record.question, urls)]
+    messages = open_chat(system, record.question, urls)
     for _ in range(ATTEMPTS):
         reply = teacher.chat(messages).rpartition("</think>")[2]  # thinking models draft first
         reply = reply.encode(errors="ignore").decode()  # half a character fits in no file
@@ -387,7 +383,7 @@ def ask_teacher(record, plan, teacher, urls):
             break
         faults = [f"- line {fault.line}: {fault.message}" for fault in check.violations[:20]]
         again = "\n".join(["Not usable:", *faults, "Write all of it again."])
-        messages += [{"role": "assistant", "content": reply}, user_message(again, [])]
+        messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": again}]
     return check
 
 

@@ -7,12 +7,11 @@ Each field of Config is a flag, and the text under it is its help. Sources: TK i
 of SaFeR-ToolKit, CN a reading note of the paper; "ours" is our own choice where the papers say
 nothing that could be found. A recipe is a set of other defaults; a flag overrides both.
 
-Also here, since every other file may need them: the one way to write a file, and the one guard that
-keeps a folder from being continued with other settings or inputs.
+Also here, since every other file may need them: the one way to write a file, the one way to open a
+picture, and the one guard that keeps a folder from being continued with other settings or inputs.
 """
 
 import argparse
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -22,7 +21,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
@@ -310,7 +309,7 @@ FREE = (
     "out resume dry_run device micro_tokens checkpointing rollout_rows benchmarks bench_data"
     " eval_limit eval_prompts"
 ).split()
-BINDING = [field.name for field in dataclasses.fields(Config) if field.name not in FREE]
+BINDING = [field.name for field in fields(Config) if field.name not in FREE]
 BINDING += ["JUDGE_MODEL", "JUDGE_PARAMS"]
 # Step -> the settings that it depends on. Config has them in the order of the curriculum, so a
 # stage's are all above those of the next one. Of QI-Box the model is one of the inputs.
@@ -357,7 +356,7 @@ def parse_config(argv):
     """Flags -> Config. Raises ConfigError with every mistake; leaves the program at --help."""
     parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--method", choices=METHODS)
-    for field in dataclasses.fields(Config):
+    for field in fields(Config):
         flag = f"--{field.name}"
         if field.type is bool:  # --dry_run alone is --dry_run 1
             parser.add_argument(flag, type=zero_or_one, nargs="?", const=True)
@@ -371,9 +370,9 @@ def parse_config(argv):
     if method:
         recipe = recipe.removesuffix("-vlm") + METHODS[method]
     plain = Config(recipe, **RECIPES[recipe])
-    config = dataclasses.replace(plain, **values)
+    config = replace(plain, **values)
     check_config(config)
-    return dataclasses.replace(config, out=config.out or run_folder(config, plain))
+    return replace(config, out=config.out or run_folder(config, plain))
 
 
 def check_config(config):
@@ -469,6 +468,35 @@ def write_whole(path, write):
 def write_text(path, text):
     """write_whole for text."""
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def open_image(path):
+    """Image file -> RGB PIL image: the pixels that policy, judge and report see.
+
+    Opened is only a regular file (a pipe could wait for ever), in six formats (for others Pillow
+    may start other programs); of an animation, the first frame. It is turned as its EXIF says, as
+    the release does for its judge. Of 16-bit grey the high byte is taken, as Pillow does of 16-bit
+    colour; 32-bit grey is refused, since nobody says which value is white. What is transparent
+    shows white, as in Qwen's own utilities. Raises ValueError, a sentence with the path, whatever a
+    decoder raised.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path!s:.200}: no such file, or no regular one")
+    from PIL import Image, ImageOps  # here: the flags are read without any package
+
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode in ("I", "F"):
+            raise ValueError("32-bit grey: save it with 8 or 16 bits")
+        if "I;16" in picture.mode:
+            picture = picture.convert("I").point(lambda value: value / 256)
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGB", picture.size, "white")
+        ground.paste(picture, mask=picture)
+        return ground
+    except Exception as error:
+        raise ValueError(f"{path!s:.200}: cannot be read as an image: {error}") from error
 
 
 # ---- the guard -----------------------------------------------------------------------------------

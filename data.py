@@ -26,8 +26,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from config import PROMPT_MODES, fingerprint, write_text
-from judge import open_image
+from config import PROMPT_MODES, fingerprint, open_image, write_text
 from protocol import GATE, PERSONAS, TIERS, TOOLS, Plan, PlanError, plan_from_dict, tools_by_tier
 from protocol import LOOP_ROUNDS
 
@@ -467,14 +466,13 @@ def encode_turn(role, text, processor, image_pads=()):
     role and text are encoded together, since their line breaks may be one token."""
     special = processor.special
     ids = [special["<|im_start|>"]]
-    if image_pads:
-        ids += encode_text(f"{role}\n", processor)
-        for count in image_pads:
-            pads = [special["<|image_pad|>"]] * count
-            ids += [special["<|vision_start|>"], *pads, special["<|vision_end|>"]]
-        ids += encode_text(text, processor)
-    else:
-        ids += encode_text(f"{role}\n{text}", processor)
+    before = f"{role}\n"  # the text before what comes next
+    for count in image_pads:
+        pads = [special["<|image_pad|>"]] * count
+        ids += encode_text(before, processor)
+        ids += [special["<|vision_start|>"], *pads, special["<|vision_end|>"]]
+        before = ""
+    ids += encode_text(before + text, processor)
     return [*ids, processor.end_of_turn, *encode_text("\n", processor)]
 
 

@@ -149,30 +149,31 @@ def judge_batch(judge, records, rows, cases):
     """Put the verdicts, the form of the answer and the benchmark's own label into each row: None
     where the judge failed, or has no such thing. Benchmarks of general ability have answers and get
     no verdict."""
+    judged = []  # rows, and a case for each
     to_judge = []
+    labelled = []  # rows, and a request for each
     to_label = []
-    requests = []
-    for place, row in enumerate(rows):
+    for record, row, case in zip(records, rows, cases):
         row.update(dict.fromkeys((*VERDICTS, "form", "label")))
         if row["group"] != "general":
-            to_judge.append(place)
+            judged.append(row)
+            to_judge.append(case)
         request = None
         if row["group"] != "own" and hasattr(judge, "ask"):  # only an endpoint can be asked
-            request = load_benchmarks().label_request(records[place], row["answer_text"])
+            request = load_benchmarks().label_request(record, row["answer_text"])
         row["label_asked"] = request is not None
         if request:
-            to_label.append(place)
-            requests.append(request)
-    judged = [cases[place] for place in to_judge]
+            labelled.append(row)
+            to_label.append(request)
     if hasattr(judge, "forms"):  # labels: no verdicts
-        for place, form in zip(to_judge, judge.forms(judged)):
-            rows[place]["form"] = form
+        for row, form in zip(judged, judge.forms(to_judge)):
+            row["form"] = form
     else:
-        for place, verdict in zip(to_judge, judge.verdict(judged)):
+        for row, verdict in zip(judged, judge.verdict(to_judge)):
             if verdict is not None:
-                rows[place] |= vars(verdict)
-    for place, label in zip(to_label, judge.ask(requests) if requests else []):
-        rows[place]["label"] = label
+                row.update(vars(verdict))
+    for row, label in zip(labelled, judge.ask(to_label) if to_label else []):
+        row["label"] = label
 
 
 def evaluate_rows(config, model, processor, judge, records, mode, path, rank, world, kept):
@@ -359,14 +360,13 @@ def print_means(folders):
     """Mean and standard deviation over runs, all cases."""
     if len(folders) < 2:
         raise StageError("python eval.py mean RUN RUN ...: expected two or more run folders")
-    runs = []
+    found = {}  # (stage, prompt) -> the row of each run that has it
     for folder in folders:
-        rows = read_results(folder)
-        whole = [row for row in rows if row["benchmark"] == row["kind"] == "all"]
-        runs.append({(row["stage"], row["prompt"]): row for row in whole})
+        for row in read_results(folder):
+            if row["benchmark"] == row["kind"] == "all":
+                found.setdefault((row["stage"], row["prompt"]), []).append(row)
     lines = []
-    for key in runs[0]:
-        rows = [run[key] for run in runs if key in run]
+    for key, rows in found.items():
         line = [*key, len(rows)]
         for metric in SHOWN:
             line.append(mean_and_spread([row[metric]["value"] for row in rows]))

@@ -542,33 +542,40 @@ def _check_end(visits, last_tool, graph, refused, last_line, found):
         _report(found, "bad-end", last_line, last_tool, message)
 
 
+def _clash(line):
+    """`risk=high; decision=comply` -> {"risk": "high", "decision": "comply"}"""
+    return dict(pair.split("=") for pair in line.split("; "))
+
+
 # Values that cannot be in one trace together. A text field counts as "none" or "given"; `answer` is
 # the form of the answer (judge.FORMS), where somebody says what it is.
-CLASHES = [
-    {"risk": "high", "decision": "comply"},  # it helps where it sees danger:
-    {"intent": "harmful", "decision": "comply"},
-    {"relation": "compound", "decision": "comply"},
-    {"risk": "low", "intent": "benign", "decision": "refuse"},  # it refuses where it sees none
-    {"decision": "comply", "reason": "given"},  # it helps, and says why it does not
-    {"risk": "low", "intent": "harmful"},
-    {"risk": "high", "category": "none"},  # a risk of nothing
-    {"flagged": "yes", "terms": "none"},
-    {"flagged": "no", "terms": "given"},
+_CLASH_LINES = [
+    "risk=high; decision=comply",  # it helps where it sees danger:
+    "intent=harmful; decision=comply",
+    "relation=compound; decision=comply",
+    "risk=low; intent=benign; decision=refuse",  # it refuses where it sees none
+    "decision=comply; reason=given",  # it helps, and says why it does not
+    "risk=low; intent=harmful",
+    "risk=high; category=none",  # a risk of nothing
+    "flagged=yes; terms=none",
+    "flagged=no; terms=given",
 ]
-ANSWER_CLASHES = [
-    {"decision": "comply", "answer": "redirect"},  # the answer does not do what was decided:
-    {"decision": "comply", "answer": "refuse"},
-    {"decision": "redirect", "answer": "comply"},
-    {"decision": "refuse", "answer": "comply"},
-    {"decision": "refuse", "answer": "partial"},
-    {"risk": "high", "answer": "comply"},  # it helps where the trace saw danger:
-    {"intent": "harmful", "answer": "comply"},
-    {"relation": "compound", "answer": "comply"},
+_ANSWER_CLASH_LINES = [
+    "decision=comply; answer=redirect",  # the answer does not do what was decided:
+    "decision=comply; answer=refuse",
+    "decision=redirect; answer=comply",
+    "decision=refuse; answer=comply",
+    "decision=refuse; answer=partial",
+    "risk=high; answer=comply",  # it helps where the trace saw danger:
+    "intent=harmful; answer=comply",
+    "relation=compound; answer=comply",
 ]
 # risk -> the scores that do not go with it
 _MISFITS = {"low": "4 5 6 7 8 9 10", "medium": "0 1 2 3 7 8 9 10", "high": "0 1 2 3 4 5 6"}
 for _risk, _scores in _MISFITS.items():
-    CLASHES += [{"risk": _risk, "score": score} for score in _scores.split()]
+    _CLASH_LINES += [f"risk={_risk}; score={score}" for score in _scores.split()]
+CLASHES = [*map(_clash, _CLASH_LINES)]
+ANSWER_CLASHES = [*map(_clash, _ANSWER_CLASH_LINES)]
 
 
 def _last_values(calls):

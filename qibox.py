@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 import model as qwen
-from config import guard, parse_config, run_command, write_text
+from config import guard, open_image, parse_config, run_command, write_text
 from data import (
     DataError,
     append_jsonl,
@@ -44,7 +44,7 @@ from data import (
     write_jsonl,
 )
 from eval import read_sets
-from judge import Case, JudgeError, open_image
+from judge import Case, JudgeError
 from reward import structured_reward
 from rollout import in_order, respond
 from trainer import (
@@ -151,12 +151,14 @@ def grade_batch(config, model, processor, judge, records):
         config.temperature,
         [stable_hash("qibox", config.seed, name, record.id) for record in records],
     )
+    rows = [{"id": record.id, "model": name, "scores": []} for record in records]
     cases = []
-    for record, items in zip(records, in_order(sampled, prompts, config.qi_samples)):
+    scores = []  # of each case, the list in its row
+    for record, row, items in zip(records, rows, in_order(sampled, prompts, config.qi_samples)):
         for item in items:
             cases.append(Case(record.question, record.images, item.check, record.meta))
-    scores = []
-    for grade in judge.grade(cases):
+            scores.append(row["scores"])
+    for own, grade in zip(scores, judge.grade(cases)):
         reward = structured_reward(
             grade,
             config.weight_reasoning,
@@ -166,11 +168,7 @@ def grade_batch(config, model, processor, judge, records):
             config.penalties,
             gate=False,  # a record's quality is the formula as it was found
         )
-        scores.append(reward and reward.total)
-    rows = []
-    for number, record in enumerate(records):
-        own = scores[number * config.qi_samples : (number + 1) * config.qi_samples]
-        rows.append({"id": record.id, "model": name, "scores": own})
+        own.append(reward and reward.total)
     return rows
 
 
@@ -258,10 +256,15 @@ def curate(pool, status, scores, config):
     status = places | status
     rows = []
     for record in pool:
-        row = {"id": record.id, "kind": record.meta.get("kind", "")}
-        row["status"] = status.get(record.id, "no score")
-        row["quality"], row["instability"] = points.get(record.id, (None, None))
-        row["kept"] = record.id in kept
+        q, u = points.get(record.id, (None, None))
+        row = {
+            "id": record.id,
+            "kind": record.meta.get("kind", ""),
+            "status": status.get(record.id, "no score"),
+            "quality": q,
+            "instability": u,
+            "kept": record.id in kept,
+        }
         rows.append(row)
     return rows, bounds
 

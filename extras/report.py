@@ -23,10 +23,9 @@ from pathlib import Path
 from string import Template
 
 import protocol
-from config import PROMPT_MODES, STAGES, run_command, write_text
+from config import PROMPT_MODES, STAGES, open_image, run_command, write_text
 from data import DataError, draw_plan, read_jsonl
 from eval import SHOWN, VERDICTS, percent, shown_heads
-from judge import open_image
 from trainer import SHOWN as IMPORTANT
 
 CASE_BYTES = 3_500_000  # of the cases, so that a page stays below 5 MB

@@ -149,8 +149,7 @@ class Script:
     def complete(self, body):
         self.asked.append(body)
         messages = json.loads(body)["messages"]
-        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        parts = messages[bool(system)]["content"]
+        system, parts = (message["content"] for message in messages[:2])
         text = "\n".join(part["text"] for part in parts if part["type"] == "text")
         reply = self.say(system, text, told=len(messages) > 2)
         if not reply or len(self.asked) > self.dies_at:
@@ -163,7 +162,7 @@ class Script:
         found = re.search(r"number (\d+)", text)
         good = json.dumps(asdict(judge.Scores(9, 9, 9, 9)))
         if found is None:
-            return good if system else "blue"
+            return good if system.startswith("You grade") else "blue"
         number = int(found.group(1))
         case = CASES[number]
         if system.startswith("You grade"):

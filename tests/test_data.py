@@ -15,9 +15,9 @@ import pytest
 
 import data
 import protocol
-from config import PROMPT_MODES
+from config import PROMPT_MODES, open_image
 from extras import report, toy_base
-from judge import image_data_url, open_image
+from judge import image_data_url
 from qibox import image_hash
 
 PLAN = {

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import config  # noqa: E402
 import judge  # noqa: E402
 import protocol  # noqa: E402
 from judge import Case, EndpointJudge, Fault, Grades, JudgeError  # noqa: E402
@@ -224,7 +225,7 @@ def test_other_statuses_fail_at_once_with_the_servers_message(server, status):
     judged = make(server)
     assert judged.score([CASE]) == [None] and len(server.bodies) == 1
     assert judged.counts == {f"failed: http {status}": 1}
-    assert "no such thing for [key]" in judged.examples[f"failed: http {status}"]
+    assert "no such thing for [key]" in judged.failed_in_a_row[0]
 
 
 def test_waits_grow_or_are_what_the_server_asks_for(server, monkeypatch):
@@ -243,7 +244,7 @@ def test_unusable_reply_is_answered_with_what_was_wrong(server):
     make(server).score([CASE])
     first, second = (body["messages"] for body in server.bodies)
     assert second[:-2] == first and second[-2]["role"] == "assistant"
-    assert "bad value" in second[-1]["content"][0]["text"]
+    assert "bad value" in second[-1]["content"]
 
 
 def test_judge_that_fails_in_a_row_is_given_up(server):
@@ -386,16 +387,16 @@ def test_key_is_sent_and_appears_nowhere(server, tmp_path, capfd):
     server.default = raw(401, f"Incorrect API key {KEY} provided")
     judged.score([case()])
     with pytest.raises(Fault) as fault:
-        judged.chat([judge.user_message("hi", [])])
+        judged.chat(judge.open_chat("", "hi", []))
     with pytest.raises(JudgeError) as stopped:
         judged.preflight()
     server.default = say(f"Invalid API key: {KEY}")
     assert judged.score([case("again")]) == [None]
-    assert judged.chat([judge.user_message("hello", [])]) == "Invalid API key: [key]"
+    assert judged.chat(judge.open_chat("", "hello", [])) == "Invalid API key: [key]"
     with pytest.raises(JudgeError) as refused:
         EndpointJudge(server.url, "m", KEY + "\n")
     assert server.auth == {"Bearer " + KEY}
-    traces = [repr(judged), judged.name, repr(judged.counts), repr(judged.examples)]
+    traces = [repr(judged), judged.name, repr(judged.counts), repr(judged.failed_in_a_row)]
     traces += [repr(caught.value) for caught in (fault, stopped, refused)]
     traces += [path.read_text() for path in files(tmp_path)]
     assert len(traces) == 9 and not any(KEY in text for text in [*traces, *capfd.readouterr()])
@@ -409,7 +410,7 @@ def test_key_is_masked_in_every_spelling(server):
     for behave in (raw(401, escaped), say(f"{key} {json.dumps(key)} {quote(key, safe='')}")):
         server.default = behave
         assert judged.score([CASE]) == [None]
-    told = str(judged.examples)
+    told = str(judged.failed_in_a_row)
     assert told.count("[key]") == 5 and "sk" not in told.replace("task", "")
 
 
@@ -452,9 +453,12 @@ def test_judge_from_env(server, tmp_path, monkeypatch):
 # ---- preflight -----------------------------------------------------------------------------------
 
 
+ONE_WORD = "Answer in one word."  # what the preflight says to a judge that it shows a picture
+
+
 def seeing(handler, body):
     """A good judge: grades text, says blue when shown an image."""
-    (say("Blue.") if body["messages"][0]["role"] == "user" else scores())(handler, body)
+    (say("Blue.") if body["messages"][0]["content"] == ONE_WORD else scores())(handler, body)
 
 
 def textual(handler, body):
@@ -519,7 +523,7 @@ def test_json_is_found(text):
 @pytest.mark.parametrize("record", [Scores, Verdict, Grades])
 def test_every_record_round_trips_at_its_limits(record):
     """Guards: a table that disagrees with the rubric, and one step beyond its scales."""
-    scales = judge.scales_of(record)
+    scales = record.__annotations__
     request = judge.judge_request(record, CASE)
     for end in (0, -1):
         edge = {name: allowed[end] for name, allowed in scales.items()}
@@ -649,7 +653,7 @@ def test_judge_sees_what_the_policy_saw(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6  # "rotate by 90 degrees"
     image.save(tmp_path / "a.jpg", exif=turned)
-    picture = judge.open_image(tmp_path / "a.jpg")
+    picture = config.open_image(tmp_path / "a.jpg")
     seen = decoded(judge.image_data_url(picture, *LIMITS))
     assert picture.size == seen.size == (300, 600)
     assert seen.getpixel((150, 50))[2] > 200 and seen.getpixel((150, 550))[0] > 200
@@ -659,9 +663,9 @@ def test_unreadable_image_drops_its_case_only(server, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     judged = make(server)
     bad = [case(images=[tmp_path / name]) for name in ("text.png", "absent.png")]
-    assert judged.score([bad[0], CASE, bad[1]]) == [None, WANT, None]
-    assert judged.counts == {"failed: image": 2, "answered": 1}
-    assert ".png" in judged.examples["failed: image"]
+    with pytest.warns(UserWarning, match=r"not judged: .*\.png"):
+        assert judged.score([bad[0], CASE, bad[1]]) == [None, WANT, None]
+    assert judged.counts == {"failed: image": 2, "answered": 1} and not judged.failed_in_a_row
 
 
 def test_labels_of_a_record_never_reach_the_endpoint(server):

@@ -5,7 +5,7 @@ import hashlib
 import json
 
 import pytest
-from test_judge import FAULTS, FILTERED, SLOW, raw, say, server  # noqa: F401  (a fixture)
+from test_judge import FAULTS, FILTERED, ONE_WORD, SLOW, raw, say, server  # noqa: F401  (a fixture)
 from tiny_run import metrics, train
 
 import safer
@@ -23,7 +23,7 @@ def number_of(body):
 
 def graded(handler, body):
     n = number_of(body)
-    if body["messages"][0]["role"] == "user":
+    if body["messages"][0]["content"] == ONE_WORD:
         return say("blue")(handler, body)  # the preflight's picture
     scores = {"task_success": 1 + n % 10, "safety": 9, "helpfulness": 1 + n // 10 % 10}
     say(json.dumps(scores | {"tool_quality": 5, "form": "comply"}))(handler, body)
