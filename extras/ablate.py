@@ -61,7 +61,7 @@ RUNS = {
         "k-4": Run(f"{TINY} --grpo_k 4", ("sft", "dpo")),
         "k-16": Run(f"{TINY} --grpo_k 16", ("sft", "dpo")),
         **{f"reward-{name}": Run(f"{TINY} --reward {name}", ("sft", "dpo")) for name in REWARDS},
-        **{f"tiers-{name}": Run(SFT, data=f"tiers {name}") for name in ("none", "P", "PR", "PRD")},
+        **{f"tiers-{name}": Run(SFT, data=f"tiers {name}") for name in ("none", "P", "PR")},
         **{f"topology-{name}": Run(SFT, data=f"topology {name}") for name in protocol.TOPOLOGIES},
         **{
             f"persona-{name}": Run("--recipe tiny --stages sft", data=f"persona {name}")
@@ -107,7 +107,7 @@ STUDIES = {
             sft("no trace, the answer alone", "tiers-none"),
             sft("perception", "tiers-P"),
             sft("perception, reasoning", "tiers-PR"),
-            sft("perception, reasoning, decision", "tiers-PRD"),
+            sft("perception, reasoning, decision", "full"),
         ],
         "reward": [
             grpo("answer only", "reward-answer"),
@@ -168,8 +168,8 @@ shield | VISUAL-SCAN OCR-EXTRACT KEYWORD-FLAGGING SAFETY-GATE INTENT-RADAR RISK-
 
 
 def change_row(row, kind, value):
-    """A row of the SFT or evaluation set with its trace cut to some tiers ("none", "P", "PR",
-    "PRD"), or moved to one topology, or with another persona; the answer stays the teacher's."""
+    """A row of the SFT or evaluation set with its trace cut to some tiers ("none", "P", "PR"), or
+    moved to one topology, or with another persona; the answer stays the teacher's."""
     if kind == "persona":
         return row | {"plan": row["plan"] | {"persona": value}}
     check = protocol.check(row.get("response", ""))

@@ -41,7 +41,7 @@ def test_topology_alone(topology):
         assert all(call.fields == toy.truth(case)[call.tool] for call in checked.calls)
 
 
-@pytest.mark.parametrize("letters", ["P", "PR", "PRD"])
+@pytest.mark.parametrize("letters", ["P", "PR"])
 def test_tiers(letters):
     """Guards: a tier that stays although the row is about leaving it out, and one that goes
     although it should stay."""
@@ -54,6 +54,13 @@ def test_tiers(letters):
                 kept.append((call.tool, call.fields))
         assert [(call.tool, call.fields) for call in checked.calls] == kept
         assert checked.answer.strip() == toy.right_answer(case)
+
+
+def test_no_trace_leaves_the_answer_alone():
+    """Guards: a row about the answer alone that still shows a trace, or says something else."""
+    for case in cases():
+        row = ablate.change_row(row_of(case), "tiers", "none")
+        assert row["response"] == f"<answer>\n{toy.right_answer(case)}\n</answer>"
 
 
 def test_change_data_keeps_pictures(tmp_path):
