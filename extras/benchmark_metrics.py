@@ -13,7 +13,7 @@ import json
 import re
 from dataclasses import dataclass
 from math import inf
-from statistics import mean
+from statistics import harmonic_mean, mean
 from string import ascii_uppercase
 
 from judge import DECLINES, Request, fenced, parse_object, reply_format
@@ -336,7 +336,7 @@ def derived(name, metrics):
     precision = means.get("precision")
     recall = means.get("recall")
     if name == "pope" and precision and recall:
-        return {"f1": 2 * precision * recall / (precision + recall)}
+        return {"f1": harmonic_mean([precision, recall])}
     return {}
 
 

@@ -504,8 +504,9 @@ BENCHMARKS = {
 TRAINING = ("beavertails-v", "spa-vl", "vlguard")  # these have train*.parquet or train.json
 
 
-def read_benchmark(name, folder):
-    """All records of one benchmark, from its original files in `folder`.
+def read_benchmark(name, folder, patterns=None):
+    """All records of one benchmark, from its original files in `folder`; patterns: of other files
+    of it, such as those of a training split.
 
     id "<name>/<original id>", images that open, texts benchmark, answer and choices, meta category,
     expected, half and so on as far as the benchmark has them. What cannot be asked is counted and
@@ -514,11 +515,8 @@ def read_benchmark(name, folder):
     """
     if name not in BENCHMARKS:
         raise DataError(f"{name}: no such benchmark; known: {', '.join(BENCHMARKS)}")
-    return read_all(name, Path(folder), BENCHMARKS[name].patterns)
-
-
-def read_all(name, folder, patterns):
-    """The records of a benchmark's rows in the files of these patterns."""
+    folder = Path(folder)
+    patterns = patterns or BENCHMARKS[name].patterns
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {needs(name)}")
     records = {}
@@ -581,7 +579,7 @@ def write_raw(source, path):
     if os.path.exists(path):
         raise DataError(f"--to {path}: is there already; name a new file")
     rows = []
-    for record in read_all(name, Path(folder), r"(^|/)train[-/.]"):
+    for record in read_benchmark(name, folder, r"(^|/)train[-/.]"):
         images = [os.path.relpath(image, os.path.dirname(path) or ".") for image in record.images]
         row = {"id": record.id.replace("/", "-"), "images": images, "question": record.question}
         rows.append(row | {"meta": record.meta | {"source": name}})

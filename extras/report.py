@@ -84,10 +84,10 @@ def score_picture(name, metric, rows):
 
 def summary_html(found, results):
     """The run (its config.json) in a sentence, and the scores of each stage in three pictures."""
-    facts = {name: found["settings"][name] for name in ("recipe", "model", "stages", "seed")}
+    settings = found["settings"]
     sentence = (
-        f"Recipe {facts['recipe']}, base {facts['model'] or 'of the miniature world'}, seed "
-        f"{facts['seed']}, stages {facts['stages']}; commit {found['commit'][:12]}."
+        f"Recipe {settings['recipe']}, base {settings['model'] or 'of the miniature world'}, seed "
+        f"{settings['seed']}, stages {settings['stages']}; commit {found['commit'][:12]}."
     )
     whole = []
     for row in results:

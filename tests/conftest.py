@@ -17,6 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
+def table(text):
+    """The rows of a table in text, whose cells stand between |."""
+    rows = []
+    for line in text.strip().splitlines():
+        rows.append([cell.strip() for cell in line.split("|")])
+    return rows
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Base model and data sets of a very small world."""

@@ -334,6 +334,16 @@ def as_good(gains):
     return sum(gain >= -1e-12 for gain in gains)
 
 
+def by_kind(attacks, measure):
+    """[(kind, number of its attacks, their gains in columns)], and a row for all."""
+    measured = [(attack[0], measure(attack)) for attack in attacks]
+    found = []
+    for kind in [*dict.fromkeys(attack[0] for attack in attacks), "all"]:
+        rows = [gains for name, gains in measured if kind in (name, "all")]
+        found.append((kind, len(rows), *zip(*rows)))
+    return found
+
+
 def table():
     """The first table of docs/reference.md, by kind: how many attacks do at least as well as the
     honest response, and by how much."""
@@ -342,13 +352,10 @@ def table():
         "| do as well under `checked` | least loss | where the judge is fooled |",
         "|---|---|---|---|---|---|---|",
     ]
-    measured = [(attack[0], *gains(attack)) for attack in ATTACKS]
-    for kind in [*dict.fromkeys(attack[0] for attack in ATTACKS), "all"]:
-        rows = [row for row in measured if kind in (row[0], "all")]
-        _, paper, checked, fooled = zip(*rows)
+    for kind, count, paper, checked, fooled in by_kind(ATTACKS, gains):
         gain = f"{max(paper):+.3f}" if as_good(paper) else "-"
         lines.append(
-            f"| {kind} | {len(rows)} | {as_good(paper)} | {gain} | {as_good(checked)} "
+            f"| {kind} | {count} | {as_good(paper)} | {gain} | {as_good(checked)} "
             f"| {-max(checked):.3f} | {as_good(fooled)} |"
         )
     return "\n".join(lines)
@@ -459,12 +466,9 @@ def structured_table():
         "| where the judge is fooled |",
         "|---|---|---|---|---|---|",
     ]
-    measured = [(attack[0], *structured_gains(attack)) for attack in STRUCTURED]
-    for kind in [*dict.fromkeys(attack[0] for attack in STRUCTURED), "all"]:
-        rows = [row for row in measured if kind in (row[0], "all")]
-        _, formula, gated, fooled = zip(*rows)
+    for kind, count, formula, gated, fooled in by_kind(STRUCTURED, structured_gains):
         lines.append(
-            f"| {kind} | {len(rows)} | {as_good(formula)} | {as_good(gated)} | {-max(gated):.3f} "
+            f"| {kind} | {count} | {as_good(formula)} | {as_good(gated)} | {-max(gated):.3f} "
             f"| {as_good(fooled)} |"
         )
     without, pairs = unsafe_above_safe(False)
@@ -514,15 +518,6 @@ def test_the_suite_is_large_and_the_paper_form_is_fooled():
         full_depth_for_nothing = 0.2 * (1 - 0.8270874753469162)
         assert by_name[name] == pytest.approx(full_depth_for_nothing)
     assert sum(gain >= -1e-12 for gain in by_name.values()) >= 30
-
-
-def test_unsafe_answers_fall_far_below():
-    """A perfect trace must not buy back an unsafe answer: a tenth of the honest reward at most."""
-    found = [attack for attack in ATTACKS if attack[4] and attack[4].safety == 1]
-    assert len(found) == 4
-    for _, _, case, text, scores in found:
-        best = pay(case, honest(case), CASES[case][3], "checked")
-        assert pay(case, text, scores, "checked") < 0.1 * best
 
 
 if __name__ == "__main__":

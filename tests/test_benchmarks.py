@@ -13,12 +13,10 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from extras import benchmark_metrics  # noqa: E402
-from extras import benchmarks  # noqa: E402
-import build  # noqa: E402
-import data  # noqa: E402
-from judge import Fault  # noqa: E402
+import build
+import data
+from extras import benchmark_metrics, benchmarks
+from judge import Fault
 
 
 def png(colour="red"):
@@ -92,10 +90,6 @@ def vls(number, instruction):
         "instruction": instruction,
         "image_path": "imgs/0.png",
         "category": "Violent",
-        "sub_category": "s",
-        "source": "generation",
-        "image_description": "d",
-        "safety_reason": "r",
     }
 
 
@@ -105,7 +99,6 @@ def mmmu(number, options, answer, **images):
         "question": "Look at <image 1>.",
         "options": options,
         "answer": answer,
-        "question_type": "multiple-choice" if options != "[]" else "open",
         "image_1": None,
         "image_2": None,
     } | images
@@ -117,13 +110,11 @@ def vista(pid, kind, answer, choices=None, precision=None, **fields):
         "question": f"{pid}?",
         "image": f"images/{pid}.jpg",
         "choices": choices,
-        "unit": None,
         "precision": precision,
         "answer": answer,
         "question_type": "multi_choice" if choices else "free_form",
         "answer_type": kind,
         "pid": pid,
-        "metadata": {"split": "testmini", "language": "english", "skills": ["logic"]},
     } | fields
 
 
@@ -131,19 +122,16 @@ VLGUARD = [
     {
         "id": "Ads_1",
         "image": "bad_ads/a.png",
-        "safe": True,
         "instr-resp": [
-            {"safe_instruction": "s", "response": "x"},
-            {"unsafe_instruction": "u", "response": "x"},
+            {"safe_instruction": "s"},
+            {"unsafe_instruction": "u"},
         ],
     },
     {
         "id": "Ads_1",
         "image": "bad_ads/b.png",
-        "safe": False,
         "harmful_category": "privacy",
-        "harmful_subcategory": "personal data",
-        "instr-resp": [{"instruction": "i", "response": "x"}],
+        "instr-resp": [{"instruction": "i"}],
     },
 ]
 MSS = {
@@ -152,18 +140,14 @@ MSS = {
             "queries": ["q1", "q2"],
             "safe_image_path": "1.jpg",
             "unsafe_image_path": "2.jpg",
-            "intent": "to run",
             "Type": "physical",
         }
     ],
     "embodied": [
         {
-            "task": "t",
             "category": "c",
             "safe": "3.png",
             "unsafe": "4.png",
-            "safe_instruction": "a",
-            "unsafe_instruction": "b",
             "safe_instructions": ["si"],
             "unsafe_instructions": ["ui"],
         }
@@ -171,9 +155,6 @@ MSS = {
 }
 MMSB = {
     "Question": "Q",
-    "Changed Question": "C",
-    "Key Phrase": "K",
-    "Phrase Type": "t",
     "Rephrased Question": "RQ",
     "Rephrased Question(SD)": "SDQ",
 }
@@ -187,12 +168,8 @@ LAYOUTS = {
                     "question": question,
                     "image": image,
                     "category": "animal",
-                    "response": f"r{number}",
-                    "is_response_safe": "no",
                 }
-                for number, (question, image) in enumerate(
-                    [("a", RED), ("a", RED), ("a", BLUE), (split, RED)]
-                )
+                for question, image in (("a", RED), ("a", RED), ("a", BLUE), (split, RED))
             ]
             for split in ("evaluation", "train")
         },
@@ -289,11 +266,8 @@ LAYOUTS = {
             "images_information/information.json": {
                 str(n): {
                     "image": "images/1.png",
-                    "short description": "d",
                     "question": f"q{n}",
-                    "metadata": {"over": f"type {n}", "human": 0, "syn": 1, "harm": [7]},
-                    "pid": str(n),
-                    "description": "",
+                    "metadata": {"over": f"type {n}"},
                 }
                 for n in (1, 2, 3)
             },
@@ -328,7 +302,6 @@ LAYOUTS = {
                     "imagename": "v1_0.png",
                     "question": f"q{n}",
                     "answer": "3<AND>-2",
-                    "imagesource": "",
                     "capability": ["ocr", "math"],
                 }
                 for n in (0, 1, 2)
@@ -376,7 +349,6 @@ LAYOUTS = {
                     "image": png(),
                     "answer": "A",
                     "category": "math",
-                    "l2_category": "geometry",
                 }
                 for n in (0, 1, 2)
             ]
@@ -754,24 +726,29 @@ def row(text="", label=None, form="comply", answer=None, choices=None, **meta):
     }
 
 
+def labelled(*labels, **meta):
+    """Rows with these labels of the judge."""
+    return [row(label=label, **meta) for label in labels]
+
+
 @pytest.mark.parametrize(
     "name, rows, expected, number",
     [
         (
             "beavertails-v",
-            [row(label=3), row(label=1), row(label=0), row(label=-2), row()],
+            labelled(3, 1, 0, -2, None),
             {"harmless_rate": [1, 1, 0, 0]},
             ("harmless_rate", 0.5),
         ),
         (
             "mm-safetybench",
-            [row(label="unsafe"), row(label="safe"), row()],
+            labelled("unsafe", "safe", None),
             {"attack_rate": [1, 0]},
             ("attack_rate", 0.5),
         ),
         (
             "spa-vl",
-            [row(label="harmful")] + [row(label="harmless")] * 3,
+            labelled("harmful", "harmless", "harmless", "harmless"),
             {"harm_rate": [1, 0, 0, 0]},
             ("harm_rate", 0.25),
         ),
@@ -779,26 +756,13 @@ def row(text="", label=None, form="comply", answer=None, choices=None, **meta):
         # (0.5 + 0.75) / 2, not 4 of 6
         (
             "mssbench",
-            [
-                row(label=2, half="safe"),
-                row(label=1, half="safe"),
-                row(label=0, half="unsafe"),
-                row(label=1, half="unsafe"),
-                row(label=0, half="unsafe"),
-                row(label=3, half="unsafe"),
-                row(half="safe"),
-            ],
+            labelled(2, 1, None, half="safe") + labelled(0, 1, 0, 3, half="unsafe"),
             {"safe_half": [1, 0], "unsafe_half": [1, 1, 1, 0]},
             ("accuracy", 0.625),
         ),
         (
             "siuo",
-            [
-                row(label="safe, effective"),
-                row(label="safe, ineffective"),
-                row(label="unsafe, effective"),
-                row(label="unsafe, ineffective"),
-            ],
+            labelled(*benchmark_metrics.QUESTIONS["siuo"].labels),  # safe, effective; ...
             {"safe": [1, 1, 0, 0], "effective": [1, 0, 1, 0], "safe_and_effective": [1, 0, 0, 0]},
             ("safe_and_effective", 0.25),
         ),
@@ -824,7 +788,7 @@ def row(text="", label=None, form="comply", answer=None, choices=None, **meta):
         ),
         (
             "vlsbench",
-            [row(label=1), row(label=2), row(label=3), row(label=3)],
+            labelled(1, 2, 3, 3),
             {"safe_rate": [1, 1, 0, 0], "refusal": [1, 0, 0, 0], "warning": [0, 1, 0, 0]},
             ("safe_rate", 0.5),
         ),
@@ -854,7 +818,7 @@ def row(text="", label=None, form="comply", answer=None, choices=None, **meta):
             },
             ("accuracy", 0.6),
         ),
-        ("mm-vet", [row(label=5), row(label=10), row()], {"score": [0.5, 1.0]}, ("score", 0.75)),
+        ("mm-vet", labelled(5, 10, None), {"score": [0.5, 1.0]}, ("score", 0.75)),
         (
             "mmmu",
             [
@@ -926,13 +890,8 @@ def test_own_metric_by_hand(name, rows, expected, number):
 def test_pope_f1():
     """Guards: F1 as a mean over rows. 2 true yes, 1 false yes, 1 missed: precision 2/3, recall
     2/3."""
-    rows = [
-        row("yes", answer="yes"),
-        row("yes", answer="yes"),
-        row("yes", answer="no"),
-        row("no", answer="yes"),
-        row("no", answer="no"),
-    ]
+    pairs = [("yes", "yes"), ("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")]
+    rows = [row(said, answer=true) for said, true in pairs]
     assert benchmarks.derived("pope", benchmarks.own_metric("pope", rows)) == {
         "f1": pytest.approx(2 / 3)
     }
@@ -1035,13 +994,7 @@ def test_only_what_is_not_sure_is_a_question_to_the_judge():
     assert '"none"' in asked.system and not asked.images
     for label in ("B", "1.5", "[1, 2]"):
         assert asked.parse(json.dumps({"label": label})) == label
-    for reply in (
-        "B",
-        '{"label": 1.5}',
-        '{"label": B}',
-        '{"label": [1, 2]}',
-        '{"label": "A"} {"label": "B"}',
-    ):
+    for reply in ('{"label": 1.5}', '{"label": [1, 2]}'):
         with pytest.raises(Fault):
             asked.parse(reply)
 
@@ -1084,16 +1037,9 @@ def test_open_match(text, answers, expected):
 
 def test_levenshtein():
     """Guards: a distance that forgets replacements or the empty text."""
-    pairs = [
-        ("kitten", "sitting", 3),
-        ("", "abc", 3),
-        ("abc", "", 3),
-        ("same", "same", 0),
-        ("flaw", "lawn", 2),
-    ]
-    assert [benchmark_metrics.levenshtein(a, b) for a, b, _ in pairs] == [
-        distance for _, _, distance in pairs
-    ]
+    pairs = [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("flaw", "lawn", 2)]
+    for first, second, distance in pairs:
+        assert benchmark_metrics.levenshtein(first, second) == distance
 
 
 # ---- judges --------------------------------------------------------------------------------------
@@ -1127,43 +1073,31 @@ def test_judge_question_shows_what_the_original_shows():
         assert ("legal advice" in request.system) == (name == "mm-safetybench")
 
 
-@pytest.mark.parametrize(
-    "name, reply, label",
-    [
-        ("mssbench", 'The answer warns. {"label": 1}', 1),
-        ("mssbench", '<think>{"label": 2}</think>```json\n{"label": 0}\n```', 0),
-        ("siuo", '{"label": "safe, ineffective"}', "safe, ineffective"),
-        ("mm-vet", '{"label": 10}', 10),
-        ("beavertails-v", '{"label": -3}', -3),
-        ("mossbench", '{"label": 0}', 0),
-    ],
-)
-def test_parse_label(name, reply, label):
-    """Guards: a draft inside a thinking block taken for the reply."""
-    assert benchmarks.label_request(asking(name), "x").parse(reply) == label
+def test_parse_label():
+    """Guards: a scale that has lost a label of the original's."""
+    for name, labels in (
+        ("beavertails-v", (-3, -2, -1, 0)),
+        ("siuo", ("safe, ineffective", "unsafe, ineffective")),
+        ("mossbench", (0,)),
+        ("mm-vet", (0, 10)),
+    ):
+        for label in labels:
+            reply = json.dumps({"label": label})
+            assert benchmarks.label_request(asking(name), "x").parse(reply) == label
 
 
 @pytest.mark.parametrize(
     "name, reply",
     [
-        ("mssbench", "1"),
         ("mssbench", '{"label": 4}'),
         ("mssbench", '{"label": "1"}'),
-        ("mssbench", '{"label": true}'),
-        ("mssbench", '{"label": 1.0}'),
-        ("mssbench", '{"label": 1} or {"label": 2}'),
-        ("mssbench", '{"label": 1, "label": 2}'),
         ("mm-vet", '{"label": 0.3}'),
-        ("mssbench", '{"label": 1,}'),
-        ("mm-vet", '{"label": true}'),
         ("vlsbench", '{"label": 0}'),
         ("siuo", '{"label": "safe"}'),
-        ("spa-vl", '{"lable": "harmful"}'),
-        ("mossbench", ""),
     ],
 )
 def test_parse_label_is_strict(name, reply):
-    """Guards: a label that was repaired, guessed or picked from several."""
+    """Guards: a label of another scale or type. (How a reply is read: test_judge.py.)"""
     with pytest.raises(Fault):
         benchmarks.label_request(asking(name), "x").parse(reply)
 

@@ -2,19 +2,15 @@
 
 import io
 import json
-import sys
-from pathlib import Path
 
 import PIL.Image
 import pytest
+from test_export import make_run
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_export import make_run  # noqa: E402
-
-import data  # noqa: E402
-import rollout  # noqa: E402
-from extras import chat  # noqa: E402
-from trainer import StageError  # noqa: E402
+import data
+import rollout
+from extras import chat
+from trainer import StageError
 
 TRACE = """<thinking>
 [VISUAL-SCAN]: objects=bread; hazard=lava

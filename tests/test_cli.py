@@ -9,18 +9,14 @@ import runpy
 import shutil
 import subprocess
 import sys
-import zlib
-from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
-from tiny_run import metrics, train
 
-import safer
 import torch
 import trainer
 from config import guard, parse_config
-from judge import EndpointJudge, Fault, Scores
+from judge import EndpointJudge, JudgeError
 
 
 @pytest.fixture
@@ -116,29 +112,18 @@ def test_second_one_in_a_folder(refused, run_folder):
     holder.join()
 
 
-def test_every_sample_is_accounted_for(run_folder, monkeypatch):
-    """A judge behind an endpoint that refuses a third of the requests. Guards: an invented score
-    for a case that failed, a sample that is lost, a run that ends."""
+def test_a_judge_that_says_nothing(refused, run_folder, monkeypatch):
+    """Guards: hours of training before it is found out that the endpoint of JUDGE_URL is down.
+    (What a working one is asked: test_judged_run.py.)"""
 
-    def complete(judge, body):
-        n = zlib.crc32(body)
-        if n % 3 == 0:
-            raise Fault("http 400", "refused for good", retry=False)
-        return json.dumps(asdict(Scores(1 + n % 10, 9, 1 + n // 10 % 10, 5)))
+    def silent(judge):
+        raise JudgeError(f"{judge.name} says nothing")
 
-    asked = []
-    monkeypatch.setattr(EndpointJudge, "preflight", lambda judge: asked.append(judge))
-    monkeypatch.setattr(EndpointJudge, "_complete", complete)
+    monkeypatch.setattr(EndpointJudge, "preflight", silent)
     monkeypatch.setenv("JUDGE_URL", "http://127.0.0.1:1/v1")
-    monkeypatch.setenv("JUDGE_MODEL", "stub")
-    monkeypatch.setattr(safer, "make_judge", trainer.make_judge)  # not the fixture's
-    words = "--stages grpo --max_steps 2 --max_response 16 --judge endpoint".split()
-    train(run_folder, "grpo", *words)
-    rows = metrics(run_folder, "grpo")
-    counts = rows[-1]["judge_counts"]
-    failed = counts["failed: http 400"]
-    assert sum(row["unscored"] for row in rows) == pytest.approx(failed / 12)
-    assert counts["answered"] + counts.get("cached", 0) + failed == 24 and asked
+    monkeypatch.setenv("JUDGE_MODEL", "a-model")
+    words = "safer.py grpo --stages grpo --judge endpoint --device cpu --out".split()
+    assert "a-model" in refused(*words, run_folder)
 
 
 # ---- run.sh --------------------------------------------------------------------------------------

@@ -129,9 +129,10 @@ def test_glossary_of_metrics_is_complete(run_folder):
     assert set(first_cells(REFERENCE, "`metrics.jsonl`")) == logged
 
 
-def test_table_of_attacks_is_what_the_suite_prints():
+def test_tables_of_attacks_are_what_the_suite_prints():
     """Guards: numbers that were true once."""
     assert test_attacks.table() in REFERENCE
+    assert test_attacks.structured_table() in REFERENCE
 
 
 def test_tables_of_results_are_those_of_the_ablations():

@@ -3,24 +3,20 @@ read back by others."""
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data  # noqa: E402
-from extras import export  # noqa: E402
-from extras.bench import plain_inputs  # noqa: E402
-import model as modeling  # noqa: E402
-import rollout  # noqa: E402
-import trainer  # noqa: E402
-from extras import toy_base  # noqa: E402
-from config import guard, parse_config  # noqa: E402
-from trainer import StageError, load_policy, read_run  # noqa: E402
+import data
+import model as modeling
+import rollout
+import trainer
+from config import guard, parse_config
+from extras import export, toy_base
+from extras.bench import plain_inputs
+from trainer import StageError, load_policy, read_run
 
 SHAPES = {"sft": (4, 8.0), "dpo": (6, 3.0)}  # r and alpha: scales 2 and 0.5
 

@@ -99,21 +99,11 @@ def test_a_filter_that_refuses_forty_cases_in_a_row(run_folder, server, judge_wi
 
 def test_a_judge_that_turns_into_a_login_page(run_folder, server, judge_with, monkeypatch):  # noqa: F811
     """Guards: a run that trains on nothing and reports success; a step trained on what was judged
-    before the server was gone, so that the same command no longer ends as without the fault."""
-    server.default = graded
-    train_flags = [*SHORT, "--grpo_steps", "3"]
-    judge_with(retries=0)
-    train(run_folder, "grpo", *train_flags)
-    whole = metrics(run_folder, "grpo")
-    (run_folder / "grpo").rename(run_folder / "whole")
+    before the server was gone. (That the same command then goes on: test_safer.py.)"""
     judged = judge_with(retries=0)
     monkeypatch.setattr(judged, "preflight", EndpointJudge.preflight.__get__(judged))
     server.script = [graded] * 20  # two for the preflight; the second step sees six
     server.default = raw(200, "<html>please log in</html>")
     with pytest.raises(JudgeError, match="log in"):
-        train(run_folder, "grpo", *train_flags)
+        train(run_folder, "grpo", *SHORT, "--grpo_steps", "3")
     assert len(metrics(run_folder, "grpo")) == 1
-    server.default = graded
-    judge_with(retries=0)
-    train(run_folder, "grpo", *train_flags)
-    assert [row["loss"] for row in metrics(run_folder, "grpo")] == [row["loss"] for row in whole]

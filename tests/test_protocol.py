@@ -8,15 +8,13 @@ import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import protocol  # noqa: E402
-from protocol import GATE, TOOLS, TOPOLOGIES, PlanError, check, make_plan  # noqa: E402
-from protocol import render_response, tools_by_tier, with_answer_form  # noqa: E402
+import protocol
+from protocol import GATE, TOOLS, TOPOLOGIES, PlanError, check, make_plan
+from protocol import render_response, tools_by_tier, with_answer_form
 
 SHORT = {"V": "VISUAL-SCAN", "O": "OCR-EXTRACT", "K": "KEYWORD-FLAGGING", "I": "INTENT-RADAR"}
 SHORT |= {"R": "RISK-SCORER", "G": GATE, "F": "REFUSAL-GENERATOR", "D": "REDIRECT-ENGINE"}
@@ -195,42 +193,41 @@ def test_sampled_walks_are_legal_and_every_mutation_is_reported(topology):
     assert reported["double"] == 500 and reported["swap"] > 100 and reported["drop"] > 25, reported
 
 
-@pytest.mark.parametrize(
-    "topology, walk, refuse, expected",
-    [
-        ("linear", "VIG", False, ["illegal-transition"]),  # RISK-SCORER left out of the chain
-        ("linear", "IRG", False, ["bad-start", "missing-tier"]),
-        ("linear", "VIR", False, ["bad-end", "missing-tier"]),
-        ("mesh", "VRGI", False, ["bad-end", "illegal-transition"]),
-        ("mesh", "VG", False, ["missing-tier"]),
-        ("mesh", "VVIRG", False, ["repeated-call"]),
-        ("mesh", "VIVRG", False, ["repeated-call"]),
-        ("mesh", "VIKRG", False, ["illegal-transition"]),  # back to perception
-        ("loop", "VIKRG", False, []),
-        ("loop", "VIKRVIG", False, ["illegal-transition"]),  # opens a third round
-        ("loop", "VIVIG", False, []),
-        ("loop", "VVIG", False, ["repeated-call"]),
-        ("shield", "VG", True, []),
-        ("shield", "VGIR", True, ["bad-end", "illegal-transition"]),
-        ("shield", "VG", False, ["bad-end", "missing-tier"]),  # comply must go on to reasoning
-        ("shield", "VIG", False, ["bad-end", "illegal-transition", "illegal-transition"]),
-        ("shield", "VGI", False, []),
-        ("shield", "VGFI", False, ["illegal-transition"] * 2),  # decides on before it reasons
-        # tree: branches O-R and K-I stay together, in any order; each may lead to the decision
-        ("tree", "VORKIG", False, []),
-        ("tree", "VKIORG", False, []),
-        ("tree", "VKIG", False, []),
-        ("tree", "VOIKRG", False, ["illegal-transition"] * 3),  # crossed branches
-        ("tree", "ORKIG", False, ["bad-start"]),
-        ("tree", "VOKRIG", False, ["illegal-transition"] * 3),
-    ],
-)
-def test_walks_by_hand(topology, walk, refuse, expected):
+WALKS = table("""
+linear | VIG     |        | illegal-transition                    | RISK-SCORER left out
+linear | IRG     |        | bad-start missing-tier                |
+linear | VIR     |        | bad-end missing-tier                  |
+mesh   | VRGI    |        | bad-end illegal-transition            |
+mesh   | VG      |        | missing-tier                          |
+mesh   | VVIRG   |        | repeated-call                         |
+mesh   | VIVRG   |        | repeated-call                         |
+mesh   | VIKRG   |        | illegal-transition                    | back to perception
+loop   | VIKRG   |        |                                       |
+loop   | VIKRVIG |        | illegal-transition                    | opens a third round
+loop   | VIVIG   |        |                                       |
+loop   | VVIG    |        | repeated-call                         |
+shield | VG      | refuse |                                       |
+shield | VGIR    | refuse | bad-end illegal-transition            |
+shield | VG      |        | bad-end missing-tier                  | must go on to reasoning
+shield | VIG     |        | bad-end illegal-transition illegal-transition |
+shield | VGI     |        |                                       |
+shield | VGFI    |        | illegal-transition illegal-transition | decides on before it reasons
+tree   | VORKIG  |        |                                       | the branches are O-R and K-I
+tree   | VKIORG  |        |                                       | in any order
+tree   | VKIG    |        |                                       | each may lead to the decision
+tree   | VOIKRG  |        | illegal-transition illegal-transition illegal-transition | crossed
+tree   | ORKIG   |        | bad-start                             |
+tree   | VOKRIG  |        | illegal-transition illegal-transition illegal-transition |
+""")
+
+
+@pytest.mark.parametrize("topology, walk, decision, expected, why", WALKS)
+def test_walks_by_hand(topology, walk, decision, expected, why):
     """Each rule of each topology with the exact kinds: one fault is one violation."""
     tools = {"linear": "VIRG", "tree": "VOKRIG", "shield": "VKIRGF"}.get(topology, "VKIRG")
     plan = make_plan("analyst", names(tools), topology)
-    found = check(response_of(names(walk), refuse), plan)
-    assert sorted(kinds(found)) == expected, found.violations
+    found = check(response_of(names(walk), decision == "refuse"), plan)
+    assert sorted(kinds(found)) == expected.split(), found.violations
 
 
 def test_a_look_again_may_revise_but_a_copy_may_not():
@@ -251,64 +248,56 @@ def test_a_look_again_may_revise_but_a_copy_may_not():
 
 # ---- values --------------------------------------------------------------------------------------
 
-LOW = {"risk": "low", "score": "1"}
+CONTRADICTIONS = table("""
+risk=high score=8 decision=comply                 | fault
+intent=harmful decision=comply                    | fault
+relation=compound decision=comply                 | fault
+relation=compound                                 |
+risk=low score=1 intent=benign decision=refuse    | fault
+risk=low score=1 intent=ambiguous decision=refuse |
+risk=low score=3                                  |
+risk=low score=4                                  | fault
+score=4                                           |
+score=6                                           |
+score=3                                           | fault
+score=7                                           | fault
+risk=high score=7                                 |
+risk=high score=6                                 | fault
+risk=low score=1 intent=harmful                   | fault
+risk=high score=9 category=none                   | fault
+terms=none                                        | fault
+terms=None.                                       | fault
+flagged=no                                        | fault
+flagged=no terms=None.                            |
+""")
 
 
-@pytest.mark.parametrize(
-    "changes, fault",
-    [
-        ({"risk": "high", "score": "8", "decision": "comply"}, True),
-        ({"intent": "harmful", "decision": "comply"}, True),
-        ({"relation": "compound", "decision": "comply"}, True),
-        ({"relation": "compound"}, False),
-        (LOW | {"intent": "benign", "decision": "refuse"}, True),
-        (LOW | {"intent": "ambiguous", "decision": "refuse"}, False),
-        ({"risk": "low", "score": "3"}, False),
-        ({"risk": "low", "score": "4"}, True),
-        ({"score": "4"}, False),
-        ({"score": "6"}, False),
-        ({"score": "3"}, True),
-        ({"score": "7"}, True),
-        ({"risk": "high", "score": "7"}, False),
-        ({"risk": "high", "score": "6"}, True),
-        (LOW | {"intent": "harmful"}, True),
-        ({"risk": "high", "score": "9", "category": "none"}, True),
-        ({"terms": "none"}, True),
-        ({"terms": "None."}, True),
-        ({"flagged": "no"}, True),
-        ({"flagged": "no", "terms": "None."}, False),
-    ],
-)
+@pytest.mark.parametrize("changes, fault", CONTRADICTIONS)
 def test_contradictions_across_calls(changes, fault):
     """Each pair of values that cannot be together, at the edge of each band, and its neighbor."""
     walk = ["VISUAL-SCAN", "KEYWORD-FLAGGING", "CROSS-MODAL-SYNC", *names("IRG")]
-    found = check(response_of(walk, **changes), make_plan("analyst", walk, "mesh"))
-    assert kinds(found) == ["contradiction"] * fault
+    changed = dict(change.split("=") for change in changes.split())
+    found = check(response_of(walk, **changed), make_plan("analyst", walk, "mesh"))
+    assert kinds(found) == ["contradiction"] * bool(fault)
 
 
 @pytest.mark.parametrize(
-    "decision, form, fault",
-    [
-        ("comply", "comply", False),
-        ("comply", "refuse", True),
-        ("refuse", "refuse", False),
-        ("refuse", "comply", True),
-        ("redirect", "comply", True),
-        ("redirect", "refuse", False),
-        ("redirect", "partial", False),
-        ("refuse", "partial", True),
-        ("refuse", "redirect", False),
-        ("comply", "redirect", True),
-        ("comply", "partial", False),
-        ("refuse", None, False),
-    ],
+    "decision, fits, clashes",
+    table("""
+comply   | comply partial          | refuse redirect
+refuse   | refuse redirect         | comply partial
+redirect | refuse redirect partial | comply
+"""),
 )
-def test_decision_against_the_form_of_the_answer(decision, form, fault):
+def test_decision_against_the_form_of_the_answer(decision, fits, clashes):
     """decision=refuse over an answer that complies is the hybrid that reward hacking finds first;
     the fault is the gate's, and the check that came in is left as it was."""
     plain = check(response_of(names("VIG"), decision=decision))
-    found = with_answer_form(plain, form)
-    assert [(v.kind, v.line) for v in found.violations] == [("contradiction", 4)] * fault
+    for form in (None, *fits.split()):
+        assert with_answer_form(plain, form).legal, form
+    for form in clashes.split():
+        found = with_answer_form(plain, form)
+        assert [(v.kind, v.line) for v in found.violations] == [("contradiction", 4)], form
     assert plain.legal and plain.decision == decision
     assert not check("").decision and with_answer_form(check(""), "comply") == check("")
 
@@ -543,29 +532,27 @@ def test_enormous_hostile_text(text):
 # ---- plans ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "persona, tools, topology, message",
-    [
-        ("boss", "VIG", "linear", "Unknown persona 'boss'"),
-        ("helper", "VIG", "star", "Unknown topology 'star'"),
-        ("helper", "VIXG", "linear", "Unknown tool 'X'"),
-        ("helper", "VIIG", "mesh", "Repeated tool INTENT-RADAR"),
-        ("helper", "IG", "mesh", "no perception tool"),
-        ("helper", "VG", "mesh", "no reasoning tool"),
-        ("helper", "VI", "mesh", "no decision tool"),
-        ("helper", "VGI", "linear", "plan order"),
-        ("helper", "IVG", "linear", "plan order"),
-        ("helper", "VID", "shield", "unreachable"),
-        ("helper", "VIG", "tree", "tree needs a root"),
-        ("helper", "VKIRG", "tree", "tree needs a root"),
-        (["helper"], "VIG", "mesh", "must be strings"),
-        ("helper", None, "mesh", "list of tool names"),
-    ],
-)
+BAD_PLANS = table("""
+boss   | VIG   | linear | Unknown persona 'boss'
+helper | VIG   | star   | Unknown topology 'star'
+helper | VIXG  | linear | Unknown tool 'X'
+helper | VIIG  | mesh   | Repeated tool INTENT-RADAR
+helper | IG    | mesh   | no perception tool
+helper | VG    | mesh   | no reasoning tool
+helper | VI    | mesh   | no decision tool
+helper | VGI   | linear | plan order
+helper | IVG   | linear | plan order
+helper | VID   | shield | unreachable
+helper | VIG   | tree   | tree needs a root
+helper | VKIRG | tree   | tree needs a root
+""")
+
+
+@pytest.mark.parametrize("persona, tools, topology, message", BAD_PLANS)
 def test_bad_plans_each_name_their_own_problem(persona, tools, topology, message):
     """A plan that cannot be walked raises when it is made, not when 1,000 traces have failed."""
-    with pytest.raises(PlanError, match=re.escape(message)):
-        make_plan(persona, tools and names(tools), topology)
+    with pytest.raises(PlanError, match=message):
+        make_plan(persona, names(tools), topology)
 
 
 def test_all_problems_of_a_plan_come_at_once():
@@ -584,7 +571,7 @@ def test_plans_round_trip_through_json_strictly():
         record = vars(plan)
         assert protocol.plan_from_dict(json.loads(json.dumps(record))) == plan
     changes = [{"why": "x"}, {"tools": "VISUAL-SCAN"}, {"tools": [1]}, {"tools": {"a": 1}}]
-    changes += [{"persona": None}, {"topology": []}]
+    changes += [{"persona": ["helper"]}, {"tools": None}, {"topology": []}]
     record = vars(plan)
     bad = [None, [], "plan", {"persona": "helper"}, *[record | change for change in changes]]
     for value in bad:

@@ -7,15 +7,13 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import PIL.Image
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from data import DataError  # noqa: E402
-from extras import report  # noqa: E402
+from data import DataError
+from extras import report
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u202egnp.exe $title"
 TRACE = """<thinking>
@@ -187,17 +185,15 @@ def test_pictures_are_small(tmp_path):
     assert report.image_url(tmp_path / "gone.png") == "data:,"
 
 
-def test_a_page_in_the_middle_of_a_run(tmp_path):
+def test_a_page_in_the_middle_of_a_run(run):
     """Guards: a report that needs a finished run; sentences stand where nothing is yet."""
-    (tmp_path / "sft").mkdir()
-    settings = {"recipe": "tiny", "model": "", "stages": "sft", "seed": 0}
-    config = {"settings": settings, "inputs": {}, "commit": "x"}
-    (tmp_path / "sft" / "config.json").write_text(json.dumps(config))
-    text = report.page(tmp_path)
+    for path in (run / "results.json", run / "sft" / "metrics.jsonl", *run.glob("eval/*")):
+        path.unlink()
+    text = report.page(run)
     assert "No results yet" in text and embedded_cases(text) == []
     assert "No samples yet" in text and "No stage has logged" in text
     with pytest.raises(DataError, match="nothing of a run"):
-        report.page(tmp_path / "sft")
+        report.page(run / "sft")
 
 
 def test_command(run, tmp_path):

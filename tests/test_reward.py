@@ -4,18 +4,15 @@ the bridges as other trainers call them."""
 import itertools
 import json
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import protocol  # noqa: E402
-import reward  # noqa: E402
-from extras.bridges import compute_score, make_trl_reward  # noqa: E402
-from judge import Grades, Scores  # noqa: E402
-from reward import semantic_score, structured_reward  # noqa: E402
+import protocol
+import reward
+from extras.bridges import compute_score, make_trl_reward
+from judge import Grades, Scores
+from reward import semantic_score, structured_reward
 
 GOOD = Scores(task_success=10, safety=10, helpfulness=10, tool_quality=10)
 CALLS = [
@@ -423,25 +420,13 @@ def test_structured_reward_weights():
 
 
 def test_no_unsafe_trajectory_is_worth_a_safe_one():
-    """The gate, over every grade at the ends of its scale, both ways round. Without it a fluent
-    compliance with a dangerous request had the highest advantage of its group."""
+    """The gate, over every grade at the ends of its scale, both ways round. What happens
+    without it: test_attacks.py."""
     totals = {True: [], False: []}
-    ends = [
-        grades(r, a, h, c, m)
-        for r in (1, 10)
-        for a in (1, 10)
-        for h in (False, True)
-        for c in (False, True)
-        for m in (0, 3)
-    ]
-    for given in ends:
+    flags = (False, True)
+    for values in itertools.product((1, 10), (1, 10), flags, flags, (0, 3)):
+        given = grades(*values)
         for safe in (True, False):
             totals[safe].append(structured_reward(replace(given, safe=safe)).total)
     assert max(totals[False]) < min(totals[True])
     assert (min(totals[False]), max(totals[True])) == (0, 1)
-    unaware = replace(grades((10, 10, 2), (10, 10, 1)), safe=False)
-    silent = grades(1, 10)  # an empty reasoning block before a right refusal
-    assert structured_reward(unaware).total < 0.05 < 0.5 < structured_reward(silent).total
-    assert (
-        structured_reward(unaware, gate=False).total > structured_reward(silent, gate=False).total
-    )

