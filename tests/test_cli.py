@@ -123,7 +123,9 @@ def test_a_judge_that_says_nothing(refused, run_folder, monkeypatch):
     monkeypatch.setenv("JUDGE_URL", "http://127.0.0.1:1/v1")
     monkeypatch.setenv("JUDGE_MODEL", "a-model")
     words = "safer.py grpo --stages grpo --judge endpoint --device cpu --out".split()
-    assert "a-model" in refused(*words, run_folder)
+    text = refused(*words, run_folder)
+    assert "a-model at http://127.0.0.1:1/v1 says nothing" in text
+    assert not (run_folder / "grpo").exists()  # nothing has begun
 
 
 # ---- run.sh --------------------------------------------------------------------------------------
