@@ -27,12 +27,14 @@ import contextlib
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
@@ -436,9 +438,12 @@ class Packed:
     ids: torch.Tensor  # (N,)
     positions: torch.Tensor  # (3, N)
     features: torch.Tensor | None  # (I, C) of all images, in the order of their pads
-    # per group: (rows of its prompt, [rows of each response]); the rows of a single response are
-    # counted with its prompt's
-    sizes: list
+    # a sequence is a prompt or a response; in order they are all rows
+    rows: list  # of each sequence, how many rows
+    seen: list  # and how many keys it sees: of a response, its prompt's come first
+    row_ends: torch.Tensor  # (1 + sequences,) their running sums, from 0 on
+    seen_ends: torch.Tensor
+    keys: torch.Tensor  # (sum of seen,) which rows the keys are of
     predict: torch.Tensor  # (M,) the row whose output predicts each response token
     targets: torch.Tensor  # (M,) the response tokens
     lengths: list  # (S,) tokens of each response
@@ -452,83 +457,76 @@ def pack_groups(model, groups, features):
     """
     config = model.config
     merge = config.vision_config.spatial_merge_size
-    ids, positions, images, sizes = [], [], [], []
+    ids, positions, images = [], [], []
+    rows, seen, keys = [], [], []
     predict, targets, lengths = [], [], []
     for prompt, responses in groups:
         grids = [image.grid for image in prompt.images]
         shown, following = rope_positions(prompt.ids, grids, config.image_token_id, merge)
+        shared = range(len(ids), len(ids) + len(prompt.ids))
         ids += prompt.ids
         positions.append(shown)
         images += [features[image.key] for image in prompt.images]
-        last = len(ids) - 1  # the prompt's last row predicts the first token of each response
-        own = []
+        rows.append(len(shared))
+        seen.append(len(shared))
+        keys += shared
         for response in responses:
-            fed = list(response[:-1])
-            rows = [last, *range(len(ids), len(ids) + len(fed))]
-            predict += rows[: len(response)]  # none for an empty response
+            fed = response[:-1]
+            own = range(len(ids), len(ids) + len(fed))
+            # the prompt's last row predicts the first token of each response
+            predict += [shared[-1], *own][: len(response)]  # none for an empty response
             targets += response
             lengths.append(len(response))
             ids += fed
-            own.append(len(fed))
             positions.append(text_positions(following, len(fed)))
-        shared = len(prompt.ids)
-        if len(own) == 1:  # one causal sequence with its prompt: plain attention does
-            shared += own.pop()
-        sizes.append((shared, own))
+            rows.append(len(own))
+            seen.append(len(shared) + len(own))
+            keys += [*shared, *own]
     as_tensor = partial(torch.tensor, dtype=torch.long, device=model.device)
+
+    def ends(counts):
+        return as_tensor([0, *accumulate(counts)]).int()
+
     return Packed(
         as_tensor(ids),
         torch.cat(positions, dim=1).to(model.device),
         torch.cat(images) if images else None,
-        sizes,
+        rows,
+        seen,
+        ends(rows),
+        ends(seen),
+        as_tensor(keys),
         as_tensor(predict),
         as_tensor(targets),
         lengths,
     )
 
 
-def group_attention(sizes, i, q, k, v):
-    """Each prompt attends causally to itself, each response to its prompt and itself; no masks.
+def has_kernel(x):
+    """Whether varlen_attn, one call for sequences of all lengths, takes x: on GPUs, in 16 bits."""
+    return x.is_cuda and x.dtype == torch.bfloat16
 
-    Args: sizes: of Packed; q (N, H, D); k, v (N, Hkv, D); the layer i does not matter here.
-    Returns (N, H * D).
 
-    The K responses of a group are K rows, right-padded: a padded key comes after every real query
-    of its row; where padding would be most, each is a call of its own. causal_lower_right lets the
-    first of R queries see the first P + 1 of P + R keys.
+def group_attention(packed, i, q, k, v):
+    """Each prompt attends causally to itself, each response to its prompt and itself; no padding,
+    no masks.
+
+    Args: q (N, H, D); k, v (N, Hkv, D); the layer i does not matter here. Returns (N, H * D).
     """
-    repeat = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(repeat, dim=1)  # (N, H, D); not every CUDA kernel takes grouped heads
-    v = v.repeat_interleave(repeat, dim=1)
-    spans = []
-    for prompt, responses in sizes:
-        spans += [prompt, sum(responses)]
-    # one split, since the backward pass of each slice would fill a tensor as large as all of q
-    parts = zip(q.split(spans), k.split(spans), v.split(spans))
-    out = []
-    for prompt, responses in sizes:
-        first = [x.transpose(0, 1)[None] for x in next(parts)]  # (1, H, P, D) each
-        seen = F.scaled_dot_product_attention(*first, is_causal=True)
-        out.append(seen[0].transpose(0, 1))  # (P, H, D)
-        own = [x.split(responses) for x in next(parts)]
-        rows_of = [responses]
-        if len(responses) * max(responses, default=0) > 2 * sum(responses):
-            rows_of = [[length] for length in responses]  # padding to the longest would be most
-        done = 0
-        for lengths in rows_of:
-            some = slice(done, done + len(lengths))
-            done = some.stop
-            if not any(lengths):
-                continue
-            rows = [pad_sequence(x[some], batch_first=True) for x in own]
-            queries, *rows = [x.transpose(1, 2) for x in rows]  # (k, H, R, D) each
-            shared = [x.expand(len(lengths), -1, -1, -1) for x in first[1:]]
-            keys, values = [torch.cat(pair, dim=2) for pair in zip(shared, rows)]  # (k, H, P+R, D)
-            bias = causal_lower_right(queries.shape[2], keys.shape[2])
-            seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
-            for row, length in zip(seen.transpose(1, 2), lengths):
-                out.append(row[:length])
-    return torch.cat(out).flatten(1)
+    k = k.index_select(0, packed.keys)  # (sum of seen, Hkv, D)
+    v = v.index_select(0, packed.keys)
+    if has_kernel(q):
+        ends = packed.row_ends, packed.seen_ends, max(packed.rows), max(packed.seen)
+        return varlen_attn(q, k, v, *ends, window_size=(-1, 0), enable_gqa=True).flatten(1)
+    outputs = []
+    splits = q.split(packed.rows), k.split(packed.seen), v.split(packed.seen)
+    for own, *shown in zip(*splits):
+        # as above, the first of R queries sees the first P + 1 of P + R keys
+        causal = causal_lower_right(len(own), len(shown[0]))
+        heads = [x.transpose(0, 1)[None] for x in (own, *shown)]  # (1, H or Hkv, rows, D)
+        out = F.scaled_dot_product_attention(*heads, attn_mask=causal, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs).flatten(1)
 
 
 def forward_packed(model, packed, checkpoint=False, attend=None, keep=None):
@@ -540,7 +538,7 @@ def forward_packed(model, packed, checkpoint=False, attend=None, keep=None):
     if packed.features is not None:
         pads = (packed.ids == model.config.image_token_id).nonzero().squeeze(1)
         x = x.index_copy(0, pads, packed.features.to(x.dtype))
-    attend = attend or partial(group_attention, packed.sizes)
+    attend = attend or partial(group_attention, packed)
     return run_layers(model, x, packed.positions, attend, checkpoint, keep)
 
 

@@ -82,7 +82,7 @@ def prefill(model, prompts, features):
 
     def attend(i, q, k, v):
         kept.append(torch.stack([k, v]).transpose(1, 2))  # (2, Hkv, N, D)
-        return group_attention(packed.sizes, i, q, k, v)
+        return group_attention(packed, i, q, k, v)
 
     lengths = [len(prompt.ids) for prompt in prompts]
     ends = torch.tensor(lengths, device=model.device).cumsum(0) - 1

@@ -33,6 +33,7 @@ from model import (
     lora_parameters,
     merge_lora,
     micro_batches,
+    pack_groups,
     rope_positions,
     token_logprobs,
     window_attention,
@@ -136,6 +137,50 @@ def test_a_group_equals_its_responses_apart(k):
     expected, expected_gradients = gradients(model, apart)
     assert (together - expected).abs().max() < 1e-5
     assert worst(found, expected_gradients) < 1e-4
+
+
+def test_a_packed_group_by_hand():
+    """Guards what a GPU's kernel is told: the picture at the top of model.py in numbers."""
+    packed = pack_groups(
+        tiny_model(), [(Prompt((3, 4, 5, 6, 7), ()), [[7, 8, 9], [], [4, 5, 6, 7]])], {}
+    )
+    assert (packed.rows, packed.seen) == ([5, 2, 0, 3], [5, 7, 5, 8])
+    assert packed.row_ends.tolist() == [0, 5, 7, 7, 10]
+    assert packed.seen_ends.tolist() == [0, 5, 12, 17, 25]
+    shared = [0, 1, 2, 3, 4]
+    assert packed.keys.tolist() == [*shared, *shared, 5, 6, *shared, *shared, 7, 8, 9]
+    assert packed.predict.tolist() == [4, 5, 6, 4, 7, 8, 9]
+    assert packed.positions[0].tolist() == [*shared, 5, 6, 5, 6, 7]
+
+
+def varlen_by_words(q, k, v, row_ends, seen_ends, most_rows, most_seen, window_size, enable_gqa):
+    """torch's varlen_attn as its documentation has it: sequence after sequence, causal from the
+    lower right."""
+    assert row_ends.dtype == seen_ends.dtype == torch.int32
+    assert window_size == (-1, 0) and enable_gqa
+    assert most_rows == row_ends.diff().max() and most_seen == seen_ends.diff().max()
+    k, v = [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)]
+    outputs = []
+    for number in range(len(row_ends) - 1):
+        own = slice(row_ends[number], row_ends[number + 1])
+        shown = slice(seen_ends[number], seen_ends[number + 1])
+        scores = torch.einsum("rhd,shd->hrs", q[own], k[shown]) / q.shape[2] ** 0.5
+        rows, seen = scores.shape[1:]
+        scores = scores.masked_fill(~torch.ones(rows, seen).tril(seen - rows).bool(), -torch.inf)
+        outputs.append(torch.einsum("hrs,shd->rhd", scores.softmax(-1), v[shown]))
+    return torch.cat(outputs)
+
+
+def test_the_kernel_of_gpus_is_asked_for_the_same(monkeypatch):
+    """No GPU is here to run varlen_attn; guards what it is given: the numbers of the plain way."""
+    model = with_lora(tiny_model())
+    groups = [(item, [words(6, g), [], words(13, g)]) for g, item in enumerate(prompts())]
+    expected, expected_gradients = gradients(model, groups)
+    monkeypatch.setattr("model.has_kernel", lambda x: True)
+    monkeypatch.setattr("model.varlen_attn", varlen_by_words)
+    got, found = gradients(model, groups)
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
+    assert worst(found, expected_gradients) < 1e-5
 
 
 @pytest.mark.parametrize("chunk, checkpoint", [(7, False), (1024, True), (5, True)])
