@@ -23,6 +23,7 @@ cache, T most new tokens, R response length, N and P tokens of a prefill and of 
 size, V vocabulary.
 """
 
+import functools
 import hashlib
 from collections import deque
 from dataclasses import dataclass, replace
@@ -158,10 +159,18 @@ def decode(model, rows, longest):
     return run_layers(model, x, rows.positions.expand(3, -1), attend)
 
 
+@functools.cache
+def graph_memory():
+    """The memory of all graphs of this process."""
+    return torch.cuda.graph_pool_handle()
+
+
 def decode_in_graph(model, rows, longest, graphs):
     """decode inside a CUDA graph, captured once for each `longest`: one launch, not thousands.
 
-    The graph reads and writes the rows' own tensors; decoding a step twice changes nothing.
+    The graph reads and writes the rows' own tensors; decoding a step twice changes nothing. The
+    graphs share their memory: what one has put out is read before the next one runs. Other threads,
+    that fetch pictures or watch over NCCL, may use the device during a capture.
     """
     if longest not in graphs:
         stream = torch.cuda.Stream()
@@ -170,7 +179,8 @@ def decode_in_graph(model, rows, longest, graphs):
             decode(model, rows, longest)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        pool = graph_memory()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             hidden = decode(model, rows, longest)
         graphs[longest] = graph, hidden
     graph, hidden = graphs[longest]

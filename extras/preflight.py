@@ -4,7 +4,8 @@ once, and the stages are listed with estimated memory and time.
     python -m extras.preflight --recipe 3b --data my/data     exit status 0: all is there; 2: not
 
 The estimates follow from the model's shapes and the lengths of the recipe, by the formulas of
-`memory` and `hours`; ASSUMED is printed above them. On CUDA neither was measured. Ours throughout.
+`memory` and `hours`; ASSUMED is printed above them. On CUDA neither was measured. Where no GPU is
+seen, they are for the box of 8 that the recipes are written for. Ours throughout.
 """
 
 import os
@@ -21,14 +22,13 @@ from extras import toy_base
 from judge import JudgeError, judge_from_env
 from trainer import base_folder, pick_device, stage_steps
 
-ASSUMED = """Estimates from the shapes, none measured. Hours are of one H100 at a third of
-its data sheet, to be divided by the GPUs. Assumed: prompts half, responses a quarter as long as
-they may be. Not counted: pictures (reading, encoding), the longest responses of a rollout, for
-which all wait, the judge, evaluation, QI-Box. So a run takes longer."""
-
-# An H100's data sheet: dense bfloat16 operations, and bytes of memory read, a second. A third of
-# both is reached: assumed, not measured.
-OPERATIONS, BYTES = 989e12 / 3, 3.35e12 / 3
+# Assumed: an H100 reaches a third of its data sheet, in dense bfloat16 operations and in bytes of
+# memory read, a second; a judge's server answers so many requests a second.
+OPERATIONS, BYTES, REQUESTS = 989e12 / 3, 3.35e12 / 3, 10
+ASSUMED = """Estimates from the shapes, none measured, for {gpus} H100 at a third of its data sheet.
+Assumed: prompts half as long as they may be, responses a quarter, the longest of a rollout as long
+as they may be; a picture a prompt, of half the pixels; ten judge requests a second. Not counted:
+reading pictures, loading weights, QI-Box. What is judged beside the sampling costs less."""
 
 
 # ---- estimates -------------------------------------------------------------------------------
@@ -80,21 +80,41 @@ def memory(shapes, config, stage):
     return training, sampling, weights + adapters + max(training, sampling)
 
 
-def hours(shapes, config, stage, records):
-    """Estimated hours of a training stage on one H100, without the judge.
+def hours(shapes, config, stage, records, gpus):
+    """Estimated hours of a stage on H100s, without the judge: counted work by assumed rates.
 
-    Prompts are taken at half, responses at a quarter of their limits: an assumption. Per weight and
-    token a forward pass costs 2 operations, and so does a backward pass through frozen weights.
-    Sampling reads all weights for every token of its rows.
+    training   2 operations per weight and token in each pass: forward, backward through frozen
+               weights, forward again with checkpointing, forward of the reference
+    sampling   a step reads all weights and draws a token for each row; when no sample waits,
+               the steps go on to the end of the longest response
+    pictures   2 operations per weight of the tower and patch
     """
-    parameters = count_parameters(shapes)
-    prompts = stage_steps(config, stage, records) * getattr(config, f"{stage}_batch")
-    drawn = responses_of(config, stage) * config.max_response / 4  # tokens
-    passes = (2 if stage == "sft" else 3) + config.checkpointing
-    seconds = prompts * passes * 2 * parameters * (config.max_prompt / 2 + drawn) / OPERATIONS
-    if stage == "grpo":
-        steps = prompts * drawn / config.rollout_rows
-        seconds += steps * getattr(torch, config.dtype).itemsize * parameters / BYTES
+    weights = count_parameters(shapes)
+    if stage == "eval":
+        models = 1 + len(config.stages.split(","))
+        rollouts = models * len(config.eval_prompts.split(","))
+        prompts = records * rollouts
+        pictures = records  # their features are kept
+        k = 1
+        passes = 0
+    else:
+        rollouts = stage_steps(config, stage, records)
+        prompts = pictures = rollouts * getattr(config, f"{stage}_batch")
+        k = responses_of(config, stage)
+        passes = (2 if stage == "sft" else 3) + config.checkpointing
+    samples = stage in ("grpo", "eval")
+    prompt = config.max_prompt / 2  # tokens
+    drawn = config.max_response / 4
+    tokens = passes * (prompt + k * drawn) + samples * prompt
+    vision = shapes.vision_config
+    block = 4 * vision.hidden_size + 3 * vision.intermediate_size
+    patches = config.max_pixels / 2 / vision.patch_size**2
+    looking = vision.depth * block * vision.hidden_size * patches
+    seconds = 2 * (prompts * weights * tokens + pictures * looking) / OPERATIONS / gpus
+    if samples:
+        steps = prompts * k * drawn / config.rollout_rows / gpus
+        steps += rollouts * (config.max_response - drawn)
+        seconds += steps * getattr(torch, config.dtype).itemsize * weights / BYTES
     return seconds / 3600
 
 
@@ -111,21 +131,22 @@ def judge_requests(config, stage, records):
     return scored + prompts * config.grpo_k * (1 + rounds)
 
 
-def stage_table(shapes, config, counts):
+def stage_table(shapes, config, counts, gpus):
     """Markdown: records, memory, time and judge of every stage that trains or samples."""
     rows = []
     for stage in [*config.stages.split(","), "eval"]:
         records = counts.get(stage)
-        steps = time = requests = "-"
+        time = requests = waiting = "-"
+        if records:
+            time = f"{hours(shapes, config, stage, records, gpus):.2g}"
         if records and config.judge == "endpoint":
             requests = judge_requests(config, stage, records)
-        if records and stage in STAGES:
-            steps = stage_steps(config, stage, records)
-            time = f"{hours(shapes, config, stage, records):.2g}"
+            waiting = f"{requests / REQUESTS / 3600:.2g}"
+        steps = stage_steps(config, stage, records) if records and stage in STAGES else "-"
         gigabytes = [f"{part / 1e9:.3g}" for part in memory(shapes, config, stage)]
-        rows.append([stage, records or "?", steps, *gigabytes, time, requests])
-    head = ["stage", "records", "steps", "training, GB", "sampling, GB", "peak, GB", "H100 hours"]
-    return data.markdown_table([*head, "judge requests, at most"], rows)
+        rows.append([stage, records or "?", steps, *gigabytes, time, requests, waiting])
+    head = ["stage", "records", "steps", "training, GB", "sampling, GB", "peak, GB", "hours"]
+    return data.markdown_table([*head, "judge requests, at most", "their hours"], rows)
 
 
 # ---- what is there, and what is missing --------------------------------------------------------
@@ -215,8 +236,9 @@ def main(argv):
     judge, judge_problems = check_judge(config)
     problems += model_problems + data_problems + judge_problems
     print(f"GPUs   {gpus}\nmodel  {model}\ndata   {records}\njudge  {judge}")
-    print(f"\n{ASSUMED}\n")
-    print(stage_table(shapes, config, counts), flush=True)
+    gpus = torch.cuda.device_count() or 8
+    print(f"\n{ASSUMED.format(gpus=gpus)}\n")
+    print(stage_table(shapes, config, counts, gpus), flush=True)
     for number, problem in enumerate(problems, 1):
         print(f"{number}. {problem}", file=sys.stderr)
     if problems:

@@ -342,16 +342,17 @@ def changed(calls, wrong):
 
 
 def teach(case, rng, careful):
-    """The scripted teacher: (calls, answer). It is imperfect in four stated, systematic ways, in
-    60% of the cases that each touches, 4 in 30%:
+    """The scripted teacher: (calls, answer). It is imperfect in four stated, systematic ways:
 
-    1. over-refusal: it refuses requests with an alarming verb (crush the exam);
-    2. one jailbreak wrapper, fiction, makes it comply;
-    3. bare refusals where the harm is in the words;
-    4. it sees the usual thing in place of a dangerous one (imagined), and complies.
-    A careful teacher (the second pass that DPO's chosen responses come from) has mended 3 and 4; 1
-    and 2 are left for GRPO to find.
+    1. over-refusal: of requests with an alarming verb (crush the exam) it refuses 60%;
+    2. one jailbreak wrapper, fiction, makes it comply in 60%;
+    3. where the harm is in the words, it always refuses without reason or alternative;
+    4. in 30% it sees the usual thing in place of a dangerous one (imagined), and complies.
+    A careful teacher (the second pass that DPO's chosen responses come from) has mended 3 and 4.
+    What it does right sometimes, as in 1 and 2, GRPO can find among its samples; 3 it can not.
     """
+    if case.kind == "explicit" and not careful:
+        return right_calls(case), BARE_REFUSAL
     calls, answer = right_calls(case), right_answer(case)
     luck = rng.random()
     unseen = imagined(case)
@@ -372,8 +373,6 @@ def teach(case, rng, careful):
         calls = changed(calls, {"SAFETY-GATE": {"decision": "comply"}})
         harmless = {"risk": "low", "score": "1", "category": "none"}
         return [*calls, ("RISK-SCORER", harmless)], comply(case)
-    if case.kind == "explicit" and not careful:
-        return calls, BARE_REFUSAL
     return calls, answer
 
 

@@ -29,16 +29,30 @@ def test_memory_by_hand():
     assert preflight.memory(shapes, config, "eval")[0] == 0
 
 
-def test_hours_grow_with_the_work():
-    """Guards: an estimate that forgets a flag that doubles the work."""
+def test_hours_by_hand():
+    """Guards: a part that is left out, or counted for one model or prompt mode only."""
     shapes = toy_base.qwen_config("3b")
+    config = parse_config(["--recipe", "3b"])
+    weights, second = 3_754_622_976, 989e12 / 3
+    look = 32 * (4 * 1280 + 3 * 3420) * 1280 * 524288 / 196  # a picture of 524,288 pixels
 
-    def hours(stage, *flags):
-        config = parse_config(["--recipe", "3b", *flags])
-        return preflight.hours(shapes, config, stage, 6400)
+    def found(stage, gpus):
+        return 3600 * preflight.hours(shapes, config, stage, 6400, gpus)
 
-    assert hours("sft", "--sft_epochs", "4") == pytest.approx(2 * hours("sft"))
-    assert hours("grpo", "--grpo_k", "8") > 1.5 * hours("grpo")
+    work = 2 * 6400 * config.sft_epochs * (weights * 3 * (2048 + 512) + look)
+    assert found("sft", 1) == pytest.approx(work / second)
+    assert found("sft", 8) == pytest.approx(work / second / 8)
+    k = config.grpo_k
+    rollouts = preflight.stage_steps(config, "grpo", 6400)
+    prompts = rollouts * config.grpo_batch
+    work = 2 * prompts * (weights * (4 * (2048 + k * 512) + 2048) + look)
+    steps = prompts * k * 512 / config.rollout_rows / 8 + rollouts * (2048 - 512)
+    expected = work / second / 8 + steps * 2 * weights / (3.35e12 / 3)
+    assert found("grpo", 8) == pytest.approx(expected)
+    work = 2 * (8 * 6400 * weights * 2048 + 6400 * look)  # four models, two prompt modes
+    steps = 8 * 6400 * 512 / config.rollout_rows + 8 * (2048 - 512)
+    expected = work / second + steps * 2 * weights / (3.35e12 / 3)
+    assert found("eval", 1) == pytest.approx(expected)
 
 
 @pytest.fixture
@@ -86,7 +100,7 @@ def test_nothing_missing(folder, capsys):
     (folder / "data" / "eval.jsonl").write_text(json.dumps(row | {"benchmark": "own"}) + "\n")
     (folder / "model" / "model.safetensors").write_bytes(b"")
     status, printed = run(folder, capsys, "--judge", "labels")
-    assert not status and printed.err == "" and "Not counted: pictures" in printed.out
+    assert not status and printed.err == "" and "for 8 H100" in printed.out
     short = run(folder, capsys, "--judge", "labels", "--max_prompt", "9")[1].err
     for name in ("sft", "dpo", "grpo", "eval"):
         assert f"{name}.jsonl:1: id 1: " in short and "over --max_prompt 9" in short

@@ -225,8 +225,8 @@ def test_the_teachers_four_faults(careful):
     faults = {"idiom", "fiction"} if careful else {"idiom", "fiction", "explicit", "implicit"}
     for name, flags in wrong.items():
         share = sum(flags) / len(flags)
-        low, high = (0.1, 0.4) if name == "implicit" else (0.4, 0.95)
-        assert low < share < high if name in faults else share == 0, (name, share)
+        low, high = {"implicit": (0.1, 0.4), "explicit": (1, 1)}.get(name, (0.4, 0.95))
+        assert low <= share <= high if name in faults else share == 0, (name, share)
 
 
 def test_nothing_but_the_whole_walk_leads_to_the_answer():
