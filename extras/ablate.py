@@ -19,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -45,114 +46,114 @@ class Run:
     """One way to train, for any seed."""
 
     flags: str
-    takes: tuple = ()  # stages taken over from the first run
-    data: str = ""  # how its data differ: "tiers P", "topology tree", ...: see change_row
+    takes: str = ""  # stages taken over from the first run
+    data: str = ""  # how its data differ: see change_row
     scorers: str = "*"  # whose scores make its QI-Box
 
 
-TINY = "--recipe tiny --eval_prompts generic"
-SFT = f"{TINY} --stages sft"
-VLM = "--recipe tiny-vlm"
-REWARDS = ("answer", "answer+format", "answer+format+depth", "no-tool-quality", "paper")
+def runs(text):
+    """Lines of a name and what Run holds -> {name: Run}."""
+    return {name: Run(*rest) for name, *rest in toy.cells(text)}
+
+
 RUNS = {
-    "toolkit": {
-        "full": Run("--recipe tiny"),
-        "sft-grpo": Run(f"{TINY} --stages sft,grpo", ("sft",)),
-        "k-4": Run(f"{TINY} --grpo_k 4", ("sft", "dpo")),
-        "k-16": Run(f"{TINY} --grpo_k 16", ("sft", "dpo")),
-        **{f"reward-{name}": Run(f"{TINY} --reward {name}", ("sft", "dpo")) for name in REWARDS},
-        **{f"tiers-{name}": Run(SFT, data=f"tiers {name}") for name in ("none", "P", "PR")},
-        **{f"topology-{name}": Run(SFT, data=f"topology {name}") for name in protocol.TOPOLOGIES},
-        **{
-            f"persona-{name}": Run("--recipe tiny --stages sft", data=f"persona {name}")
-            for name in ("helper", "guardian")
-        },
-    },
-    "vlm": {
-        "vlm": Run(VLM),
-        "vlm-discard": Run(f"{VLM} --rollout discard"),
-        "vlm-rounds-2": Run(f"{VLM} --reflect_rounds 2"),
-        "vlm-one-scorer": Run(VLM, scorers="*base*"),
-        "vlm-random": Run(f"{VLM} --curate random"),
-        "vlm-unsolved": Run(f"{VLM} --qi_low 0 --qi_unstable 0"),
-        "vlm-no-penalties": Run(f"{VLM} --penalties 0"),
-        "vlm-credit-reflection": Run(f"{VLM} --credit reflection"),
-        "vlm-drop": Run(f"{VLM} --unsafe drop"),
-        "vlm-answer": Run(f"{VLM} --weight_reasoning 0"),
-    },
+    "toolkit": runs("""
+full             | --recipe tiny
+sft-grpo         | --recipe tiny --eval_prompts generic --stages sft,grpo            | sft
+k-4              | --recipe tiny --eval_prompts generic --grpo_k 4                   | sft dpo
+k-16             | --recipe tiny --eval_prompts generic --grpo_k 16                  | sft dpo
+reward-answer    | --recipe tiny --eval_prompts generic --reward answer              | sft dpo
+reward-format    | --recipe tiny --eval_prompts generic --reward answer+format       | sft dpo
+reward-depth     | --recipe tiny --eval_prompts generic --reward answer+format+depth | sft dpo
+reward-no-tool   | --recipe tiny --eval_prompts generic --reward no-tool-quality     | sft dpo
+reward-paper     | --recipe tiny --eval_prompts generic --reward paper               | sft dpo
+tiers-none       | --recipe tiny --eval_prompts generic --stages sft | | tiers none
+tiers-P          | --recipe tiny --eval_prompts generic --stages sft | | tiers P
+tiers-PR         | --recipe tiny --eval_prompts generic --stages sft | | tiers PR
+topology-linear  | --recipe tiny --eval_prompts generic --stages sft | | topology linear
+topology-mesh    | --recipe tiny --eval_prompts generic --stages sft | | topology mesh
+topology-tree    | --recipe tiny --eval_prompts generic --stages sft | | topology tree
+topology-loop    | --recipe tiny --eval_prompts generic --stages sft | | topology loop
+topology-shield  | --recipe tiny --eval_prompts generic --stages sft | | topology shield
+persona-helper   | --recipe tiny --stages sft                        | | persona helper
+persona-guardian | --recipe tiny --stages sft                        | | persona guardian
+"""),
+    "vlm": runs("""
+vlm                   | --recipe tiny-vlm
+vlm-discard           | --recipe tiny-vlm --rollout discard
+vlm-rounds-2          | --recipe tiny-vlm --reflect_rounds 2
+vlm-credit-reflection | --recipe tiny-vlm --credit reflection
+vlm-drop              | --recipe tiny-vlm --unsafe drop
+vlm-one-scorer        | --recipe tiny-vlm | | | *base*
+vlm-random            | --recipe tiny-vlm --curate random
+vlm-unsolved          | --recipe tiny-vlm --qi_low 0 --qi_unstable 0
+vlm-no-penalties      | --recipe tiny-vlm --penalties 0
+vlm-answer            | --recipe tiny-vlm --weight_reasoning 0
+"""),
 }
 
 
-def sft(label, run, prompt="generic"):
-    """A row about a policy after SFT."""
-    return label, run, "sft", prompt
+def studies(text):
+    """Lines `study | label | run | stage | prompt` -> {study: [(label, run, stage, prompt)]}."""
+    found = defaultdict(list)
+    for study, *row in toy.cells(text):
+        found[study].append(row)
+    return found
 
 
-def grpo(label, run, prompt="generic"):
-    """A row about a policy after GRPO."""
-    return label, run, "grpo", prompt
-
-
-# study -> rows (label, run, stage, prompt); the last row is what the others are held against
+# What each table compares: of a run, the policy after a stage, under an evaluation prompt. The last
+# row of a study is what the others are held against.
 STUDIES = {
-    "toolkit": {
-        "stages": [
-            ("base", "full", "base", "generic"),
-            sft("SFT", "full"),
-            ("SFT + DPO", "full", "dpo", "generic"),
-            grpo("SFT + GRPO", "sft-grpo"),
-            grpo("SFT + DPO + GRPO", "full"),
-        ],
-        "tiers": [
-            sft("no trace, the answer alone", "tiers-none"),
-            sft("perception", "tiers-P"),
-            sft("perception, reasoning", "tiers-PR"),
-            sft("perception, reasoning, decision", "full"),
-        ],
-        "reward": [
-            grpo("answer only", "reward-answer"),
-            grpo("+ format", "reward-answer+format"),
-            grpo("+ depth", "reward-answer+format+depth"),
-            grpo("+ compliance", "reward-no-tool-quality"),
-            grpo("as released (paper)", "reward-paper"),
-            grpo("+ tool quality: full", "full"),
-        ],
-        "k": [grpo("K = 4", "k-4"), grpo("K = 16", "k-16"), grpo("K = 8", "full")],
-        "topology": [
-            *(sft(name, f"topology-{name}") for name in protocol.TOPOLOGIES),
-            sft("the planner's choice", "full"),
-        ],
-        "persona": [
-            sft("always the helper", "persona-helper", "planned"),
-            sft("always the guardian", "persona-guardian", "planned"),
-            sft("the planner's choice", "full", "planned"),
-        ],
-        "prompt": [
-            (f"{stage}, {prompt}", "full", stage, prompt)
-            for stage, prompt in product(STAGES, ("planned", "generic"))
-        ],
-    },
-    "vlm": {
-        "reflection": [
-            ("base", "vlm", "base", "generic"),
-            grpo("no reflection: unsafe samples discarded", "vlm-discard"),
-            grpo("two rounds", "vlm-rounds-2"),
-            grpo("corrections trained in their own chat", "vlm-credit-reflection"),
-            grpo("unsafe samples leave when corrected", "vlm-drop"),
-            grpo("one round: full", "vlm"),
-        ],
-        "data": [
-            grpo("random prompts", "vlm-random"),
-            grpo("QI-Box, one scorer", "vlm-one-scorer"),
-            grpo("all that is not solved", "vlm-unsolved"),
-            grpo("QI-Box, five scorers: full", "vlm"),
-        ],
-        "penalties": [
-            grpo("without penalties", "vlm-no-penalties"),
-            grpo("reward of the answer alone", "vlm-answer"),
-            grpo("full", "vlm"),
-        ],
-    },
+    "toolkit": studies("""
+stages   | base                                | full             | base | generic
+stages   | SFT                                 | full             | sft  | generic
+stages   | SFT + DPO                           | full             | dpo  | generic
+stages   | SFT + GRPO                          | sft-grpo         | grpo | generic
+stages   | SFT + DPO + GRPO                    | full             | grpo | generic
+tiers    | no trace, the answer alone          | tiers-none       | sft  | generic
+tiers    | perception                          | tiers-P          | sft  | generic
+tiers    | perception, reasoning               | tiers-PR         | sft  | generic
+tiers    | perception, reasoning, decision     | full             | sft  | generic
+reward   | answer only                         | reward-answer    | grpo | generic
+reward   | + format                            | reward-format    | grpo | generic
+reward   | + depth                             | reward-depth     | grpo | generic
+reward   | + compliance                        | reward-no-tool   | grpo | generic
+reward   | as released (paper)                 | reward-paper     | grpo | generic
+reward   | + tool quality: full                | full             | grpo | generic
+k        | K = 4                               | k-4              | grpo | generic
+k        | K = 16                              | k-16             | grpo | generic
+k        | K = 8                               | full             | grpo | generic
+topology | linear                              | topology-linear  | sft  | generic
+topology | mesh                                | topology-mesh    | sft  | generic
+topology | tree                                | topology-tree    | sft  | generic
+topology | loop                                | topology-loop    | sft  | generic
+topology | shield                              | topology-shield  | sft  | generic
+topology | the planner's choice                | full             | sft  | generic
+persona  | always the helper                   | persona-helper   | sft  | planned
+persona  | always the guardian                 | persona-guardian | sft  | planned
+persona  | the planner's choice                | full             | sft  | planned
+prompt   | sft, planned                        | full             | sft  | planned
+prompt   | sft, generic                        | full             | sft  | generic
+prompt   | dpo, planned                        | full             | dpo  | planned
+prompt   | dpo, generic                        | full             | dpo  | generic
+prompt   | grpo, planned                       | full             | grpo | planned
+prompt   | grpo, generic                       | full             | grpo | generic
+"""),
+    "vlm": studies("""
+reflection | base                                         | vlm                   | base | generic
+reflection | no reflection: unsafe samples discarded      | vlm-discard           | grpo | generic
+reflection | two rounds                                   | vlm-rounds-2          | grpo | generic
+reflection | corrections trained in their own chat        | vlm-credit-reflection | grpo | generic
+reflection | unsafe samples leave when corrected          | vlm-drop              | grpo | generic
+reflection | one round: full                              | vlm                   | grpo | generic
+data       | random prompts                               | vlm-random            | grpo | generic
+data       | QI-Box, one scorer                           | vlm-one-scorer        | grpo | generic
+data       | all that is not solved                       | vlm-unsolved          | grpo | generic
+data       | QI-Box, five scorers: full                   | vlm                   | grpo | generic
+penalties  | without penalties                            | vlm-no-penalties      | grpo | generic
+penalties  | reward of the answer alone                   | vlm-answer            | grpo | generic
+penalties  | full                                         | vlm                   | grpo | generic
+"""),
 }
 
 
@@ -234,10 +235,10 @@ def link(source, path):
 
 def take_over(first, folder, run):
     """Link to what the first run has finished: stages, answers, the scores of its pool."""
-    patterns = [f"qibox/scores-{run.scorers}", *run.takes]
+    patterns = [f"qibox/scores-{run.scorers}", *run.takes.split()]
     if not run.data:
         patterns.append("eval/base-*.jsonl")
-    patterns += [f"eval/{stage}-*.jsonl" for stage in run.takes]
+    patterns += [f"eval/{stage}-*.jsonl" for stage in run.takes.split()]
     for pattern in patterns:
         for path in first.glob(pattern):
             link(path, folder / path.relative_to(first))
@@ -265,7 +266,7 @@ def train(out, method, name, seed):
     elif method == "vlm":
         command(folder, "qibox.py", "box", *flags)
     for stage in STAGES:
-        if stage not in run.takes:  # one that is not among --stages says so
+        if stage not in run.takes.split():  # one that is not among --stages says so
             command(folder, "safer.py", stage, *flags)
     command(folder, "eval.py", *flags)
 

@@ -29,10 +29,14 @@ PLACES = ("left", "middle", "right")  # of the three objects; a sign may say one
 # ---- what there is in the world ------------------------------------------------------------------
 
 
+def cells(text):
+    """Lines -> lists of their cells."""
+    return [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
+
+
 def table(text):
     """Lines of cells -> {first cell: (the other cells)}."""
-    rows = [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
-    return {row[0]: tuple(row[1:]) for row in rows}
+    return {name: tuple(rest) for name, *rest in cells(text)}
 
 
 OBJECTS = table("""
