@@ -60,16 +60,16 @@ SPECIAL_TOKENS = (
 ).split()
 # Their ids in the miniature world's tokenizer, which has them first.
 PAD, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE, VIDEO = range(7)
-# layers, hidden, heads, key/value heads, MLP, vocabulary, tied head; vision: layers, hidden, heads,
-# MLP. 3b and 7b are Qwen2.5-VL's public shapes, tiny is this world's, small is bench.py's, smol is
-# SmolLM2-135M with a small tower (smollm.py).
-SHAPES = {
-    "tiny": (4, 128, 4, 2, 384, 2048, True, 2, 64, 2, 128),
-    "small": (8, 512, 8, 8, 1408, 8192, False, 4, 160, 4, 320),
-    "smol": (30, 576, 9, 3, 1536, 49152, True, 2, 128, 4, 256),
-    "3b": (36, 2048, 16, 2, 11008, 151936, True, 32, 1280, 16, 3420),
-    "7b": (28, 3584, 28, 4, 18944, 152064, False, 32, 1280, 16, 3420),
-}
+# Layers, hidden, heads, key/value heads, MLP, vocabulary, whether the head is the embedding; of the
+# vision tower layers, hidden, heads, MLP. 3b and 7b are Qwen2.5-VL's public shapes, tiny is this
+# world's, small is bench.py's, smol is SmolLM2-135M with a small tower (smollm.py).
+SHAPES = toy.table("""
+tiny  |  4  128  4 2   384   2048 1 |  2   64  2  128
+small |  8  512  8 8  1408   8192 0 |  4  160  4  320
+smol  | 30  576  9 3  1536  49152 1 |  2  128  4  256
+3b    | 36 2048 16 2 11008 151936 1 | 32 1280 16 3420
+7b    | 28 3584 28 4 18944 152064 0 | 32 1280 16 3420
+""")
 WORDS = sorted(
     {
         *(*OBJECTS, *VERBS, *toy.HARM, *toy.KIND_VERBS, *toy.IDIOMS, *protocol.TOOLS),
@@ -332,7 +332,8 @@ def make_tokenizer(folder):
 def qwen_config(size, vocab=None):
     """Qwen2_5_VLConfig of a row of SHAPES, at 1.2 M parameters for tiny, with the special tokens of
     the miniature world. Args: vocab: another size of the vocabulary than the row's."""
-    layers, hidden, heads, kv_heads, inner, vocabulary, tied, *vision = SHAPES[size]
+    language, vision = [map(int, cell.split()) for cell in SHAPES[size]]
+    layers, hidden, heads, kv_heads, inner, vocabulary, tied = language
     depth, width, vision_heads, vision_inner = vision
     eighth = hidden // heads // 16  # mRoPE shares half a head's dimensions out as 2 : 3 : 3
     text = dict(
@@ -365,7 +366,7 @@ def qwen_config(size, vocab=None):
     return Qwen2_5_VLConfig(
         text_config=text,
         vision_config=tower,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=bool(tied),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=VISION_START,
