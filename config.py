@@ -5,7 +5,7 @@
 
 Each field of Config is a flag, and the text under it is its help. Sources: TK is the released code
 of SaFeR-ToolKit, CN a reading note of the paper; "ours" is our own choice where the papers say
-nothing that could be found. A recipe is a set of other defaults; a flag overrides both.
+nothing that could be found. A recipe is a set of flags; a flag that is typed overrides it.
 
 Also here, since every other file may need them: the one way to write a file, the one way to open a
 picture, and the one guard that keeps a folder from being continued with other settings or inputs.
@@ -226,77 +226,40 @@ class Config:
     """folder with one folder per benchmark, holding its original files"""
 
 
-# LoRA at ten times the paper's learning rates: adapters commonly want more than full fine-tuning
-# does. Ours, not measured at these sizes.
-REAL = dict(
-    dtype="bfloat16",
-    checkpointing=True,
-    min_pixels=262_144,
-    max_pixels=1_048_576,
-    max_prompt=4096,
-    max_response=2048,
-    lora_r=64,
-    lora_alpha=128.0,
-    micro_tokens=16_384,
-    weight_decay=0.01,
-    sft_lr=1e-4,
-    sft_epochs=2.0,
-    sft_batch=32,
-    sft_prompts="generic,planned",
-    dpo_lr=5e-6,
-    dpo_batch=32,
-    dpo_beta=0.1,
-    dpo_prompts="generic,planned",
-    grpo_lr=1e-5,
-    grpo_epochs=2.0,
-    grpo_schedule="constant",
-    grpo_batch=256,
-    grpo_update_batch=32,
-    grpo_k=4,
-    grpo_prompts="toolkit",
-    judge="endpoint",
-    rollout_rows=64,
-)
+# A recipe is the flags that it stands for. LoRA at ten times the paper's learning rates: adapters
+# commonly want more than full fine-tuning does. Ours, not measured at these sizes.
+REAL = """
+--dtype bfloat16 --checkpointing 1 --micro_tokens 16_384 --rollout_rows 64 --judge endpoint
+--min_pixels 262_144 --max_pixels 1_048_576 --max_prompt 4096 --max_response 2048
+--lora_r 64 --lora_alpha 128 --weight_decay 0.01
+--sft_lr 1e-4 --sft_epochs 2 --sft_batch 32 --sft_prompts generic,planned
+--dpo_lr 5e-6 --dpo_batch 32 --dpo_beta 0.1 --dpo_prompts generic,planned
+--grpo_lr 1e-5 --grpo_epochs 2 --grpo_batch 256 --grpo_update_batch 32 --grpo_k 4
+--grpo_schedule constant --grpo_prompts toolkit
+"""
 # SaFeR-VLM trains by GRPO alone; K = 5 is all that is known of its settings (PAPERS 2.3, 2.5), the
 # rest is as in SaFeR-ToolKit.
-VLM = dict(
-    stages="grpo",
-    rollout="reflect",
-    reward="structured",
-    curate="qibox",
-    grpo_k=5,
-    grpo_prompts="generic",
-)
+VLM = """
+--stages grpo --rollout reflect --reward structured --curate qibox
+--grpo_k 5 --grpo_prompts generic
+"""
 # A real language model of 135 million parameters: few and small steps, since two cores take seconds
 # for each. Ours.
-SMOL = dict(
-    max_response=200,
-    sft_lr=1e-3,
-    sft_epochs=1.0,
-    sft_batch=8,
-    sft_prompts="generic",
-    dpo_lr=2e-5,
-    dpo_epochs=0.15,
-    dpo_batch=8,
-    dpo_prompts="generic",
-    grpo_lr=1e-4,
-    grpo_steps=12,
-    grpo_batch=8,
-    grpo_update_batch=8,
-    grpo_k=6,
-    grpo_prompts="generic",
-    rollout_rows=64,
-    eval_prompts="generic",
-    eval_limit=72,
-)
+SMOL = """
+--max_response 200 --rollout_rows 64 --eval_prompts generic --eval_limit 72
+--sft_lr 1e-3 --sft_epochs 1 --sft_batch 8 --sft_prompts generic
+--dpo_lr 2e-5 --dpo_epochs 0.15 --dpo_batch 8 --dpo_prompts generic
+--grpo_lr 1e-4 --grpo_steps 12 --grpo_batch 8 --grpo_update_batch 8 --grpo_k 6
+--grpo_prompts generic
+"""
 RECIPES = {
-    "tiny": {},
+    "tiny": "",
     "smol": SMOL,
-    "3b": dict(REAL, model="Qwen/Qwen2.5-VL-3B-Instruct"),
-    "7b": dict(REAL, model="Qwen/Qwen2.5-VL-7B-Instruct", rollout_rows=48),
+    "3b": f"{REAL} --model Qwen/Qwen2.5-VL-3B-Instruct",
+    "7b": f"{REAL} --model Qwen/Qwen2.5-VL-7B-Instruct --rollout_rows 48",
 }
-RECIPES |= {f"{name}-vlm": dict(recipe, **VLM) for name, recipe in RECIPES.items()}
-RECIPES["tiny-vlm"] |= dict(grpo_steps=100, eval_prompts="generic", qi_samples=2)
+RECIPES |= {f"{name}-vlm": flags + VLM for name, flags in RECIPES.items()}
+RECIPES["tiny-vlm"] += "--grpo_steps 100 --eval_prompts generic --qi_samples 2"
 METHODS = {"toolkit": "", "vlm": "-vlm"}  # --method -> how the recipe's name ends
 # The only numbers that may be 0.
 MAY_BE_0 = (
@@ -369,7 +332,7 @@ def parse_config(argv):
     method = values.pop("method", None)
     if method:
         recipe = recipe.removesuffix("-vlm") + METHODS[method]
-    plain = Config(recipe, **RECIPES[recipe])
+    plain = Config(recipe, **vars(parser.parse_args(RECIPES[recipe].split())))
     config = replace(plain, **values)
     check_config(config)
     return replace(config, out=config.out or run_folder(config, plain))
