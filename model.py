@@ -50,6 +50,7 @@ TARGETS = (
     "mlp.down_proj",
 )
 LOGPROB_CHUNK = 1024  # response tokens whose logits exist at one time
+PIECE = 512  # rows of a response that attend in one call: of a longer one half is in vain
 TOWER_PATCHES = 16384  # patches that go through the vision tower together
 
 
@@ -438,9 +439,9 @@ class Packed:
     ids: torch.Tensor  # (N,)
     positions: torch.Tensor  # (3, N)
     features: torch.Tensor | None  # (I, C) of all images, in the order of their pads
-    # a sequence is a prompt or a response; in order they are all rows
+    # a sequence is a prompt or a piece of a response; in order they are all rows
     rows: list  # of each sequence, how many rows
-    seen: list  # and how many keys it sees: of a response, its prompt's come first
+    seen: list  # and how many keys it sees: its prompt's, its response's so far, its own
     row_ends: torch.Tensor  # (1 + sequences,) their running sums, from 0 on
     seen_ends: torch.Tensor
     keys: torch.Tensor  # (sum of seen,) which rows the keys are of
@@ -479,9 +480,11 @@ def pack_groups(model, groups, features):
             lengths.append(len(response))
             ids += fed
             positions.append(text_positions(following, len(fed)))
-            rows.append(len(own))
-            seen.append(len(shared) + len(own))
-            keys += [*shared, *own]
+            for start in range(0, len(own), PIECE):
+                piece = own[start : start + PIECE]
+                rows.append(len(piece))
+                seen.append(len(shared) + start + len(piece))
+                keys += [*shared, *own[: start + len(piece)]]
     as_tensor = partial(torch.tensor, dtype=torch.long, device=model.device)
 
     def ends(counts):

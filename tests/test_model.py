@@ -139,16 +139,18 @@ def test_a_group_equals_its_responses_apart(k):
     assert worst(found, expected_gradients) < 1e-4
 
 
-def test_a_packed_group_by_hand():
-    """Guards what a GPU's kernel is told: the picture at the top of model.py in numbers."""
-    packed = pack_groups(
-        tiny_model(), [(Prompt((3, 4, 5, 6, 7), ()), [[7, 8, 9], [], [4, 5, 6, 7]])], {}
-    )
-    assert (packed.rows, packed.seen) == ([5, 2, 0, 3], [5, 7, 5, 8])
-    assert packed.row_ends.tolist() == [0, 5, 7, 7, 10]
-    assert packed.seen_ends.tolist() == [0, 5, 12, 17, 25]
+def test_a_packed_group_by_hand(monkeypatch):
+    """Guards what a GPU's kernel is told: the picture at the top of model.py in numbers, and a
+    longer response in two pieces."""
+    monkeypatch.setattr("model.PIECE", 2)
+    group = Prompt((3, 4, 5, 6, 7), ()), [[7, 8, 9], [], [4, 5, 6, 7]]
+    packed = pack_groups(tiny_model(), [group], {})
+    assert (packed.rows, packed.seen) == ([5, 2, 2, 1], [5, 7, 7, 8])
+    assert packed.row_ends.tolist() == [0, 5, 7, 9, 10]
+    assert packed.seen_ends.tolist() == [0, 5, 12, 19, 27]
     shared = [0, 1, 2, 3, 4]
-    assert packed.keys.tolist() == [*shared, *shared, 5, 6, *shared, *shared, 7, 8, 9]
+    keys = [*shared, *shared, 5, 6, *shared, 7, 8, *shared, 7, 8, 9]
+    assert packed.keys.tolist() == keys
     assert packed.predict.tolist() == [4, 5, 6, 4, 7, 8, 9]
     assert packed.positions[0].tolist() == [*shared, 5, 6, 5, 6, 7]
 
@@ -178,6 +180,7 @@ def test_the_kernel_of_gpus_is_asked_for_the_same(monkeypatch):
     expected, expected_gradients = gradients(model, groups)
     monkeypatch.setattr("model.has_kernel", lambda x: True)
     monkeypatch.setattr("model.varlen_attn", varlen_by_words)
+    monkeypatch.setattr("model.PIECE", 5)
     got, found = gradients(model, groups)
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
     assert worst(found, expected_gradients) < 1e-5
