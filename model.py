@@ -506,8 +506,11 @@ def pack_groups(model, groups, features):
 
 
 def has_kernel(x):
-    """Whether varlen_attn, one call for sequences of all lengths, takes x: on GPUs, in 16 bits."""
-    return x.is_cuda and x.dtype == torch.bfloat16
+    """Whether varlen_attn, one call for sequences of all lengths, takes x: in 16 bits, on GPUs from
+    the A100's generation on."""
+    if not x.is_cuda or x.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def group_attention(packed, i, q, k, v):
