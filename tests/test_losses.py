@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import table
 from tiny_model import features_of, prompts, tiny_model, with_lora, words
 
 from losses import denominators, dpo_loss, group_advantages, grpo_loss, sequence_logprobs, sft_loss
@@ -25,9 +26,13 @@ def grpo(logprobs, old, ref=None, advantages=(1.0,), mask=None, **changes):
     return grpo_loss(logprobs, old, ref, torch.as_tensor(advantages), mask, **settings)
 
 
+def numbers(cell):
+    return [float(number) for number in cell.split()]
+
+
 def ratios(*values):
     """Log-probabilities (1, T) whose ratios to 0 are these."""
-    return tensor([math.log(value) for value in values])
+    return tensor(values).log()
 
 
 # ---- SFT and DPO ---------------------------------------------------------------------------------
@@ -63,23 +68,26 @@ def test_dpo_by_hand():
 
 
 @pytest.mark.parametrize(
-    "rewards, expected, spread",
-    [
-        ([1, 2, 3], [-1, 0, 1], True),  # unbiased: sqrt(((-1)^2 + 0 + 1) / 2) = 1, not sqrt(2/3)
-        ([0, 0, 3], [-(3**-0.5), -(3**-0.5), 2 * 3**-0.5], True),
-        ([1, NAN, 3], [-(2**-0.5), 0, 2**-0.5], True),  # the judge failed on the second
-        ([NAN, NAN, 2], [0, 0, 0], False),
-        ([NAN, NAN, NAN], [0, 0, 0], False),
-        ([0.1 + 0.2, 0.3, 0.3], [0, 0, 0], False),  # equal: eps would blow the rounding up
-        ([0.5, 0.501, 0.5], [-(3**-0.5), 2 * 3**-0.5, -(3**-0.5)], True),
-    ],
+    "rewards, times_root, root",
+    table("""
+        1 2 3                       | -1  0  1 | 1
+        0 0 3                       | -1 -1  2 | 3
+        1 nan 3                     | -1  0  1 | 2
+        nan nan 2                   |  0  0  0 | 1
+        nan nan nan                 |  0  0  0 | 1
+        0.30000000000000004 0.3 0.3 |  0  0  0 | 1
+        0.5 0.501 0.5               | -1  2 -1 | 3
+    """),
 )
-def test_advantages_by_hand(rewards, expected, spread):
-    """Guards the deviation, and mean and deviation over anything but the scored samples."""
-    rewards = torch.tensor([rewards], dtype=torch.float64)
-    advantages, found = group_advantages(rewards, use_std=True)
-    torch.testing.assert_close(advantages, tensor(expected), atol=3e-3, rtol=0)
-    assert found.tolist() == [spread]
+def test_advantages_by_hand(rewards, times_root, root):
+    """Guards the deviation (unbiased: of 1, 2, 3 it is 1 and not the root of 2/3), mean and
+    deviation over anything but the scored samples, and rounding errors that eps blows up. Expected
+    are the numbers over the root of the last column."""
+    rewards = torch.tensor([numbers(rewards)], dtype=torch.float64)
+    advantages, spread = group_advantages(rewards, use_std=True)
+    expected = tensor(numbers(times_root))
+    torch.testing.assert_close(advantages, expected / float(root) ** 0.5, atol=3e-3, rtol=0)
+    assert spread.tolist() == [expected.any()]
 
 
 def test_advantages_without_the_deviation():
@@ -92,23 +100,24 @@ def test_advantages_without_the_deviation():
 
 
 @pytest.mark.parametrize(
-    "values, advantage, dual_clip, gain, counts",
-    [
-        ((0.5, 1.1, 2.0), 2.0, 3.0, 2 * (0.5 + 1.1 + 1.3), (0, 1, 0)),  # clipped above 1.3
-        ((0.5, 1.1, 2.0), -2.0, 3.0, -2 * (0.8 + 1.1 + 2.0), (1, 0, 0)),  # clipped below 0.8
-        ((10, 2), -1.0, 3.0, -(3 + 2), (0, 0, 1)),  # a ratio of 10 counts as 3 ...
-        ((10, 2), -1.0, None, -(10 + 2), (0, 0, 0)),  # ... not without the dual clip
-        ((10, 2), 1.0, 3.0, 1.3 + 1.3, (0, 2, 0)),  # ... and not where A > 0
-    ],
+    "values, advantage, dual_clip, counted, clipped",
+    table("""
+        0.5 1.1 2 |  2 | 3 | 0.5 1.1 1.3 | 0 1 0
+        0.5 1.1 2 | -2 | 3 | 0.8 1.1 2   | 1 0 0
+        10 2      | -1 | 3 | 3 2         | 0 0 1
+        10 2      | -1 | 0 | 10 2        | 0 0 0
+        10 2      |  1 | 3 | 1.3 1.3     | 0 2 0
+    """),
 )
-def test_clipping_by_hand(values, advantage, dual_clip, gain, counts):
-    """Guards each bound on its own side, and that it is counted there."""
-    logprobs = ratios(*values)
-    zeros = torch.zeros_like(logprobs)
-    loss, metrics = grpo(logprobs, zeros, advantages=(advantage,), dual_clip=dual_clip)
-    assert loss.item() == pytest.approx(-gain)
+def test_clipping_by_hand(values, advantage, dual_clip, counted, clipped):
+    """Guards each bound on its own side, and that it is counted there: what each ratio counts as,
+    and how many are clipped below, above and by the dual clip (only where A < 0)."""
+    logprobs = ratios(*numbers(values))
+    settings = {"advantages": (float(advantage),), "dual_clip": float(dual_clip) or None}
+    loss, metrics = grpo(logprobs, torch.zeros_like(logprobs), **settings)
+    assert loss.item() == pytest.approx(-float(advantage) * sum(numbers(counted)))
     shares = [metrics[f"{name}_share"] for name in ("clip_low", "clip_high", "dual_clip")]
-    assert tuple(shares) == counts and metrics["tokens"] == len(values)
+    assert shares == numbers(clipped) and metrics["tokens"] == logprobs.numel()
 
 
 def test_gradient_by_hand():
@@ -146,13 +155,18 @@ def test_huge_ratios_are_clamped_before_exp_and_counted():
     [("token", (2 + 16) / 6), ("sequence", (1 + 4) / 2), ("constant", (2 + 16) / 8 / 2)],
 )
 def test_the_three_means_by_hand(mean, expected):
-    """Guards averages of averages: token losses 1, 1 and 4, 4, 4, 4."""
-    mask = torch.tensor([[True, True, False, False], [True] * 4])
-    zeros = torch.zeros(2, 4)
-    divisor = denominators([2, 4])[mean]
-    settings = {"mean": mean, "denominator": divisor, "constant_length": 8}
-    loss, _ = grpo(zeros, zeros, None, (-1.0, -4.0), mask, **settings)
+    """Guards averages of averages: token losses 1, 1 and 4, 4, 4, 4. And masks: NaN beyond a
+    response's end changes neither loss, gradient nor metrics."""
+    logprobs = tensor([0, 0, NAN, NAN], [0] * 4).requires_grad_(True)
+    mask = ~logprobs.isnan()
+    settings = {"mean": mean, "denominator": denominators([2, 4])[mean], "constant_length": 8}
+    old = logprobs.detach()
+    loss, metrics = grpo(logprobs, old, old, (-1.0, -4.0), mask, kl_coef=0.1, **settings)
+    loss.backward()
     assert loss.item() == pytest.approx(expected)
+    assert logprobs.grad.sum().item() == pytest.approx(expected)  # the slope of A * ratio
+    assert not logprobs.grad[~mask].any()
+    assert metrics == dict.fromkeys(metrics, 0) | {"tokens": 6}
 
 
 def test_bad_arguments_are_named():
@@ -164,22 +178,6 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             grpo(torch.zeros(1, 2), torch.zeros(1, 2), **settings)
-
-
-@pytest.mark.parametrize("mean", ["token", "sequence", "constant"])
-def test_padding_is_never_read(mean):
-    """Guards masks: NaN beyond a response's end changes neither loss, gradient nor metrics."""
-    clean = [tensor([-1.0, -2.0]), tensor([-1.5, -2.0]), tensor([-1.0, -1.0])]
-    dirty = [torch.cat([rows, tensor([NAN])], dim=1) for rows in clean]
-    dirty[0].requires_grad_(True)
-    mask = torch.tensor([[True, True, False]])
-    settings = {"kl_coef": 0.1, "mean": mean, "constant_length": 8}
-    loss, metrics = grpo(*dirty, mask=mask, **settings)
-    expected, expected_metrics = grpo(*clean, **settings)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item())
-    assert metrics == pytest.approx(expected_metrics)
-    assert dirty[0].grad[0, 2] == 0 and dirty[0].grad.isfinite().all()
 
 
 # ---- micro-batches -------------------------------------------------------------------------------
