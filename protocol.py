@@ -139,28 +139,29 @@ def tools_by_tier(tools):
     return tuple(tuple(name for name in tools if TOOLS[name].tier == tier) for tier in TIERS)
 
 
-def _shape_problems(tools, topology):
-    """Sentences that say why these (known, distinct) tools cannot fill this topology."""
-    perception, reasoning, _ = tools_by_tier(tools)
-    if topology == "linear":
-        tiers = [TIERS.index(TOOLS[name].tier) for name in tools]
-        if tiers != sorted(tiers) or tiers[-1:] != [2]:
-            return [
-                "linear walks in plan order: perception, then reasoning, then a decision, "
-                f"not {', '.join(tools)}."
-            ]
+def _misfit(tools, topology):
+    """Why these (known, distinct) tools cannot fill this topology, or ""."""
+    perception, reasoning, decision = tools_by_tier(tools)
+    in_order = perception + reasoning + decision == tools
+    if topology == "linear" and not (decision and in_order):
+        return (
+            "linear walks in plan order: perception, then reasoning, then a decision, "
+            f"not {', '.join(tools)}."
+        )
     if topology == "tree" and (len(perception) != len(reasoning) + 1 or len(reasoning) < 2):
-        return [
+        return (
             "tree needs a root and one perception tool for each of two or more reasoning tools, "
             f"but has {len(perception)} perception and {len(reasoning)} reasoning tools."
-        ]
+        )
     if topology == "shield" and GATE not in tools:
-        return [f"The decision is unreachable: shield passes through {GATE}, which is missing."]
-    return []
+        return f"The decision is unreachable: shield passes through {GATE}, which is missing."
+    return ""
 
 
-def _plan_problems(persona, tools, topology):
-    """Everything wrong with a plan; its shape is judged only once the names are right."""
+def make_plan(persona, tools, topology) -> Plan:
+    """A validated Plan. Raises PlanError with a sentence for everything that is wrong; the shape is
+    judged only once the names are right."""
+    tools = tuple(tools)
     problems = []
     if persona not in PERSONAS:
         problems.append(f"Unknown persona {persona!r}: choose from {', '.join(PERSONAS)}.")
@@ -175,25 +176,21 @@ def _plan_problems(persona, tools, topology):
     for tier, members in zip(TIERS, tools_by_tier(known)):
         if not members:
             problems.append(f"Empty tier: the plan has no {tier} tool.")
-    return problems or _shape_problems(tools, topology)
-
-
-def make_plan(persona, tools, topology) -> Plan:
-    """A validated Plan. Raises PlanError with a sentence for every problem, wrong types too."""
-    names = tools if isinstance(tools, (list, tuple)) else [None]
-    if not all(isinstance(word, str) for word in (persona, topology, *names)):
-        raise PlanError("persona and topology must be strings, tools a list of tool names.")
-    problems = _plan_problems(persona, tools, topology)
-    if problems:
-        raise PlanError(" ".join(problems))
-    return Plan(persona, tuple(tools), topology)
+    wrong = " ".join(problems) or _misfit(tools, topology)
+    if wrong:
+        raise PlanError(wrong)
+    return Plan(persona, tools, topology)
 
 
 def plan_from_dict(value):
-    """A plan from its JSON object, vars(plan). Raises PlanError on other keys and bad plans."""
-    if not isinstance(value, dict) or set(value) != {"persona", "tools", "topology"}:
-        raise PlanError("A plan is an object with the keys persona, tools and topology.")
-    return make_plan(**value)
+    """A plan from its JSON object, vars(plan). Raises PlanError on anything else."""
+    try:
+        return make_plan(**value)
+    except TypeError as error:
+        raise PlanError(
+            "A plan is an object with the keys persona and topology, each a name, and tools, a "
+            f"list of names: {error}."
+        ) from error
 
 
 def _build_graph(tools, topology):
@@ -250,7 +247,7 @@ def plan_graph(plan: Plan) -> Graph:
 @lru_cache(4096)
 def _fitting_graphs(tools):
     """The graphs that these tools can fill: what a trace without a plan is held against."""
-    fitting = [name for name in TOPOLOGIES if not _shape_problems(tools, name)]
+    fitting = [name for name in TOPOLOGIES if not _misfit(tools, name)]
     return [_build_graph(tools, name) for name in fitting]
 
 
