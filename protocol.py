@@ -193,39 +193,6 @@ def plan_from_dict(value):
         ) from error
 
 
-def _build_graph(tools, topology):
-    """The Graph of (known, distinct) tools that fill this topology."""
-    perception, reasoning, decision = map(set, tools_by_tier(tools))
-    edges = dict.fromkeys(decision, decision)
-    start, end = perception, decision
-    if topology == "linear":
-        edges = {first: {then} for first, then in zip(tools, tools[1:])}
-        start = perception & set(tools[:1])  # none, if a trace without a plan starts elsewhere
-        end = set(tools[-1:])
-    elif topology == "tree":
-        (root, *leaves), reasons, _ = tools_by_tier(tools)  # plan order pairs leaf and reason
-        start = {root}
-        edges[root] = set(leaves)
-        for leaf, reason in zip(leaves, reasons):
-            edges[leaf] = {reason}
-            edges[reason] = (set(leaves) - {leaf}) | decision
-    elif topology == "shield":
-        after_gate = decision - {GATE}
-        edges = dict.fromkeys(perception, perception | {GATE})
-        edges[GATE] = reasoning  # unless it refuses: see _check_walk
-        edges |= dict.fromkeys(reasoning, reasoning | after_gate)
-        edges |= dict.fromkeys(after_gate, after_gate)
-        end = {GATE} | reasoning | after_gate  # the gate has decided; further decisions are free
-    else:
-        # Straight from perception to decision is legal here: without reasoning a trace has one
-        # fault (missing-tier), not two.
-        back = perception if topology == "loop" else set()
-        edges |= dict.fromkeys(perception, perception | reasoning | decision)
-        edges |= dict.fromkeys(reasoning, back | reasoning | decision)
-    edges = {name: edges.get(name, set()) - {name} for name in tools}  # none follows itself
-    return Graph(topology, edges, start, end)
-
-
 @lru_cache(4096)
 def plan_graph(plan: Plan) -> Graph:
     """The plan's Graph. Ours: the paper names the topologies only.
@@ -238,17 +205,38 @@ def plan_graph(plan: Plan) -> Graph:
     shield  perception, then SAFETY-GATE at once; refuse ends there, else reasoning must follow and
             further decision tools may.
     loop    mesh plus reasoning -> perception, at most LOOP_ROUNDS rounds; each round may call a
-            tool again.
-    Raises PlanError when the plan was built by hand and is not valid."""
-    make_plan(**vars(plan))  # raises where it is not valid
-    return _build_graph(plan.tools, plan.topology)
-
-
-@lru_cache(4096)
-def _fitting_graphs(tools):
-    """The graphs that these tools can fill: what a trace without a plan is held against."""
-    fitting = [name for name in TOPOLOGIES if not _misfit(tools, name)]
-    return [_build_graph(tools, name) for name in fitting]
+            tool again."""
+    tools = plan.tools
+    tiers = tools_by_tier(tools)
+    perception, reasoning, decision = map(set, tiers)
+    edges = dict.fromkeys(decision, decision)
+    start, end = perception, decision
+    if plan.topology == "linear":
+        edges = {first: {then} for first, then in zip(tools, tools[1:])}
+        start = perception & set(tools[:1])  # none, if a trace without a plan starts elsewhere
+        end = set(tools[-1:])
+    elif plan.topology == "tree":
+        (root, *leaves), reasons, _ = tiers  # plan order pairs leaf and reason
+        start = {root}
+        edges[root] = set(leaves)
+        for leaf, reason in zip(leaves, reasons):
+            edges[leaf] = {reason}
+            edges[reason] = (set(leaves) - {leaf}) | decision
+    elif plan.topology == "shield":
+        after_gate = decision - {GATE}
+        edges = dict.fromkeys(perception, perception | {GATE})
+        edges[GATE] = reasoning  # unless it refuses: see _check_walk
+        edges |= dict.fromkeys(reasoning, reasoning | after_gate)
+        edges |= dict.fromkeys(after_gate, after_gate)
+        end = reasoning | decision  # the gate has decided; further decisions are free
+    else:
+        # Straight from perception to decision is legal here: without reasoning a trace has one
+        # fault (missing-tier), not two.
+        back = perception if plan.topology == "loop" else set()
+        edges |= dict.fromkeys(perception, perception | reasoning | decision)
+        edges |= dict.fromkeys(reasoning, back | reasoning | decision)
+    edges = {name: edges.get(name, set()) - {name} for name in tools}  # none follows itself
+    return Graph(plan.topology, edges, start, end)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -623,9 +611,11 @@ def check(response: str, plan: Plan | None = None) -> Check:
         if plan and call.tool not in plan.tools:
             _report(found, "outside-plan", number, call.text, f"{call.tool} is not in the plan.")
     used = tuple(dict.fromkeys(call.tool for call in known))
-    graphs = [plan_graph(plan)] if plan else _fitting_graphs(used)  # a mesh always fits
+    plans = [plan]
+    if plan is None:  # what these tools can fill; a mesh always fits
+        plans = [Plan("", used, name) for name in TOPOLOGIES if not _misfit(used, name)]
     last_line = calls[-1].line if calls else line  # where what is missing is reported
-    walks = [_check_walk(known, graph, last_line) for graph in graphs]
+    walks = [_check_walk(known, plan_graph(each), last_line) for each in plans]
     walk_found, repeated = min(walks, key=lambda walk: len(walk[0]))
     found += walk_found
     values = _last_values([call for call in known if call.line not in repeated])

@@ -560,8 +560,6 @@ def test_all_problems_of_a_plan_come_at_once():
         make_plan("boss", ["ORACLE", "VISUAL-SCAN", "VISUAL-SCAN"], "star")
     for words in ("persona", "topology", "Unknown tool", "Repeated tool", "no reasoning", "no dec"):
         assert words in str(error.value)
-    with pytest.raises(PlanError):
-        check("x", protocol.Plan("helper", ("VISUAL-SCAN",), "mesh"))  # built past make_plan
 
 
 def test_plans_round_trip_through_json_strictly():
