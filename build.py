@@ -250,11 +250,6 @@ def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
     return [call for call in flipped if call[0] not in generators], wrong_answer
 
 
-def tool_calls(check):
-    """[(tool, fields)] of a checked response."""
-    return [(call.tool, call.fields) for call in check.calls]
-
-
 def broken_responses(row, other_calls, rng):
     """[(kind, Check)]: an accepted response broken in up to PAIRS ways, in random order.
 
@@ -262,7 +257,7 @@ def broken_responses(row, other_calls, rng):
     refusal's answer is never flipped: there the contradiction (the gate says comply) is all."""
     plan = plan_from_dict(row["plan"])
     good = protocol.check(row["response"])
-    calls = tool_calls(good)
+    calls = good.tool_calls
     found = []
     for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
         if kind == "wrong-decision" and row["decision"] != "comply":
@@ -354,7 +349,7 @@ def draft(record, config, teacher, scorer=None):
         return {"id": record.id, "outcome": f"failed: teacher, {fault.reason}"}
     if not check.legal:
         return row | {"outcome": f"rejected: checker, {check.violations[0].kind}"}
-    row["response"] = protocol.render_response(tool_calls(check), check.answer)
+    row["response"] = protocol.render_response(check.tool_calls, check.answer)
     case = Case(record.question, record.images, protocol.check(row["response"], plan))
     (scores,) = scorer.score([case])
     if scores is None:
@@ -429,7 +424,7 @@ def add_pairs(records, rows, scorer, seed):
     legal = []  # (row, kind, Case)
     for record, row in zip(records, rows):
         rng = random.Random(f"dpo {seed} {record.id}")
-        other_calls = tool_calls(protocol.check(rng.choice(rows)["response"]))
+        other_calls = protocol.check(rng.choice(rows)["response"]).tool_calls
         row["rejected"] = {}
         for kind, check in broken_responses(row, other_calls, rng):
             if check.legal:

@@ -98,10 +98,10 @@ PERSONAS = {
     "teacher": "You are a patient teacher who does not take alarming words for bad intent.",
 }
 MAY_BE_NONE = {"objects", "text", "terms", "evidence"}  # finding nothing is a finding there
-FILLERS = set(
-    "n/a na text string value placeholder tbd null nil undefined something anything blah foo bar"
-    " asdf empty blank".split()
-) | {"", "lorem ipsum"}
+FILLERS = (
+    "n/a|na|text|string|value|placeholder|tbd|null|nil|undefined|something|anything|blah|foo|bar"
+    "|asdf|empty|blank|lorem ipsum"
+).split("|")
 
 
 # ---- plans and graphs ----------------------------------------------------------------------------
@@ -245,10 +245,10 @@ def render_response(calls, answer: str) -> str:
     for tool, fields in calls:
         lines.append(f"[{tool}]: " + "; ".join(f"{key}={value}" for key, value in fields.items()))
     trace = "\n".join(lines)
-    text = f"<thinking>\n{trace}\n</thinking>\n<answer>\n{answer.strip()}\n</answer>"
+    answer = answer.strip()
+    text = f"<thinking>\n{trace}\n</thinking>\n<answer>\n{answer}\n</answer>"
     read = check(text)
-    same = [(call.tool, call.fields) for call in read.calls] == [*calls]
-    if not same or not answer.strip() or read.answer != f"\n{answer.strip()}\n":
+    if not answer or (read.tool_calls, read.answer) != ([*calls], f"\n{answer}\n"):
         raise ValueError(f"{text!r}: the checker would read this differently")
     return text
 
@@ -292,6 +292,11 @@ class Check:
     def answer_text(self):
         """The answer block, or the whole response where there is none."""
         return self.text if self.answer is None else self.answer
+
+    @property
+    def tool_calls(self):
+        """[(tool, fields), ...], as render_response takes them."""
+        return [(call.tool, call.fields) for call in self.calls]
 
     @property
     def legal(self):
@@ -387,7 +392,7 @@ def _is_filler(tool, key, value):
         return key not in MAY_BE_NONE
     if bare in FILLERS or bare in (key, tool.casefold()) or not _says_something(bare):
         return True
-    one_letter = bare.isascii() and bare.isalpha() and len(set(bare)) == 1
+    one_letter = re.fullmatch(r"([a-z])\1*", bare)
     return one_letter and (len(bare) > 1 or key != "text")  # OCR may read a single letter
 
 
@@ -485,8 +490,9 @@ def _round_faults(rounds):
     """A repeated call for each round that says what an earlier one said, word for word."""
     said = []
     for calls in rounds:
-        decides = {tool for tool in calls if TOOLS[tool].tier == "decision"}
-        words = {tool: calls[tool].fields for tool in calls.keys() - decides}
+        words = {
+            tool: call.fields for tool, call in calls.items() if TOOLS[tool].tier != "decision"
+        }
         if words in said:
             first = next(iter(calls.values()))
             message = "This round of the loop repeats an earlier one word for word."
