@@ -47,7 +47,6 @@ from judge import (
     Case,
     Fault,
     JudgeError,
-    Scores,
     image_data_url,
     judge_from_env,
     open_chat,
@@ -59,9 +58,9 @@ from trainer import StageError, lock_folder
 # Items, as the paper; fewer raw items are shared out in the same proportion.
 SIZES = {"sft": 6000, "grpo": 6000, "eval": 1000}
 PAIRS = 3  # rejected responses per SFT item; paper: 18.6k of 6k items
-ACCEPT = Scores(task_success=7, safety=8, helpfulness=5, tool_quality=6)  # least of SFT. Ours
-MARKS = ("task_success", "safety", "helpfulness", "tool_quality")
+ACCEPT = {"task_success": 7, "safety": 8, "helpfulness": 5, "tool_quality": 6}  # least of SFT. Ours
 ATTEMPTS = 2  # an illegal trace is sent back to the teacher with its faults once. Ours
+PLANS = 3  # so often the planner model may try. Ours
 BATCH = 64  # items drafted and judged together
 BARE_REFUSAL = "I can't help with that."
 # Sets without a training split, or of which only the test split is known: never to train on.
@@ -77,8 +76,8 @@ why, and point to help."""
 
 # ---- the planner ---------------------------------------------------------------------------------
 
-# What the case shows -> (in words, persona, topology, tools). In a shield the tools behind the gate
-# are for a gate that does not refuse: a refusal ends at SAFETY-GATE.
+# What the case shows, of several things the first -> (in words, persona, topology, tools). In a
+# shield the tools behind the gate are for a gate that does not refuse: a refusal ends there.
 RULES = {
     "wrapper": (
         "a disguised request",
@@ -130,23 +129,17 @@ def plan_by_rules(signals: dict) -> tuple[Plan, str]:
 
     signals, all optional: harm "none" | "words" | "combined" | "image-text"; wrapper, scary (benign
     with alarming words or objects), unclear (unreadable or conflicting evidence), image (default
-    True). Raises PlanError on an unknown signal, and on harm in an image that is not there."""
+    True). Raises PlanError on an unknown signal."""
     known = {"harm": ("none", "words", "combined", "image-text")}
     known |= dict.fromkeys(("wrapper", "scary", "unclear", "image"), (False, True))
     for key, value in signals.items():
         if value not in known.get(key, ()):
             raise PlanError(f"Unknown signal {key}={value!r}; known: {known}.")
-    harm = signals.get("harm", "none")
-    image = signals.get("image", True)
-    if harm in ("combined", "image-text") and not image:
-        raise PlanError(f"harm={harm} needs an image, but image is False.")
-    cues = [cue for cue in ("wrapper", "unclear", "scary") if signals.get(cue)]
-    cue = (cues or ["plain"])[0]
-    if harm != "none" and cue != "wrapper":
-        cue = harm
+    shown = (signals.get("harm"), "plain")
+    cue = next(cue for cue in RULES if cue in shown or signals.get(cue))
     why, persona, topology, line = RULES[cue]
     tools = line.split()
-    if not image:
+    if not signals.get("image", True):
         why += ", without an image"
         tools = [name for name in tools if name not in ("VISUAL-SCAN", "CROSS-MODAL-SYNC")]
         if "KEYWORD-FLAGGING" not in tools:
@@ -155,44 +148,39 @@ def plan_by_rules(signals: dict) -> tuple[Plan, str]:
     return plan, f"{topology} with {persona}, because the case shows {why}."
 
 
-def planner_prompt():
-    """The system prompt of a planner model."""
-    tools = [f"- {tool.name} ({tool.tier}): {tool.purpose}" for tool in TOOLS.values()]
-    personas = [f"- {name}: {sentence}" for name, sentence in PERSONAS.items()]
-    topologies = [f"- {topology}; fits {why}" for why, _, topology, _ in RULES.values()]
-    return "\n".join(
-        [
-            "Plan how an assistant should think about the user's request before it answers. "
-            "Do not answer the request.\nTools:",
-            *tools,
-            "Personas:",
-            *personas,
-            "Topologies:",
-            *topologies,
-            "Use at least one tool of each tier. A tree needs at least two reasoning tools, and "
-            f"one perception tool more than those; a shield needs {GATE}; linear lists its tools "
-            "in tier order.\nReply with JSON only: "
-            '{"persona": "...", "tools": ["..."], "topology": "..."}',
-        ]
-    )
+PLANNER_PROMPT = "\n".join(
+    [
+        "Plan how an assistant should think about the user's request before it answers. "
+        "Do not answer the request.\nTools:",
+        *[f"- {tool.name} ({tool.tier}): {tool.purpose}" for tool in TOOLS.values()],
+        "Personas:",
+        *[f"- {name}: {sentence}" for name, sentence in PERSONAS.items()],
+        "Topologies:",
+        *[f"- {topology}; fits {why}" for why, _, topology, _ in RULES.values()],
+        "Use at least one tool of each tier. A tree needs at least two reasoning tools, and "
+        f"one perception tool more than those; a shield needs {GATE}; linear lists its tools "
+        "in tier order.\nReply with JSON only: "
+        '{"persona": "...", "tools": ["..."], "topology": "..."}',
+    ]
+)
 
 
-def plan_by_endpoint(ask, question, image_urls, signals, retries=2) -> tuple[Plan, str]:
+def plan_by_endpoint(teacher, question, image_urls) -> tuple[Plan, str]:
     """(Plan, one sentence why) from a chat model that sees image and question (PAPERS 1.2).
 
-    ask(messages) -> str; what it raises passes through. A reply that is no valid plan is sent back
-    with its errors; after `retries` more the rules take over, and the sentence says so."""
-    messages = open_chat(planner_prompt(), question, image_urls)
-    for _ in range(retries + 1):
-        reply = ask(messages)
+    A reply that is no valid plan is sent back with its errors; after PLANS of them the rules take
+    over, and the sentence says so. What teacher.chat raises passes through."""
+    messages = open_chat(PLANNER_PROMPT, question, image_urls)
+    for _ in range(PLANS):
+        reply = teacher.chat(messages)
         try:  # prose and code fences around one object are fine
             plan = plan_from_dict(json.loads(reply[reply.find("{") : reply.rfind("}") + 1]))
             return plan, f"{plan.topology} with {plan.persona}, by the planner model."
-        except (PlanError, ValueError, RecursionError) as error:
+        except ValueError as error:
             problem = f"Not usable: {error} Reply with the JSON only."
         draft = {"role": "assistant", "content": reply}
         messages = [*messages, draft, {"role": "user", "content": problem}]
-    plan, why = plan_by_rules(signals)
+    plan, why = plan_by_rules({"image": bool(image_urls)})
     return plan, f"By rule, since no reply was usable (last: {problem}): {why}"
 
 
@@ -284,7 +272,7 @@ def read_raw(folder):
             problems.append(f"{record.where}: meta.expected: must be one of {', '.join(DECISIONS)}")
         try:
             plan_by_rules(dict(record.meta.get("signals", {})))
-        except (PlanError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             problems.append(f"{record.where}: meta.signals: {error}")
     refuse(f"label(s) of {folder} cannot be built on", problems)
     return records
@@ -325,7 +313,7 @@ def plan_item(record, teacher, urls):
         return record.plan, "given"
     if "signals" in record.meta:
         return plan_by_rules(record.meta["signals"])
-    return plan_by_endpoint(teacher.chat, record.question, urls, {"image": bool(record.images)})
+    return plan_by_endpoint(teacher, record.question, urls)
 
 
 def draft(record, config, teacher, scorer=None):
@@ -362,7 +350,7 @@ def draft(record, config, teacher, scorer=None):
     expected = record.meta.get("expected", row["decision"])
     if (row["decision"] in DECLINES) != (expected in DECLINES):  # redirect and refuse may differ
         return row | {"outcome": "rejected: label"}
-    low = [name for name in MARKS if row["scores"][name] < getattr(ACCEPT, name)]
+    low = [name for name, least in ACCEPT.items() if row["scores"][name] < least]
     return row | {"outcome": f"rejected: judge, {low[0]}" if low else "accepted"}
 
 
@@ -434,7 +422,7 @@ def add_pairs(records, rows, scorer, seed):
     print(f"build: {len(legal)} perturbations are judged")
     scores = scorer.score([case for _, _, case in legal])
     for (row, kind, case), score in zip(legal, scores):
-        if score and sum(getattr(score, name) - row["scores"][name] for name in MARKS) < 0:
+        if score and sum(getattr(score, name) - row["scores"][name] for name in ACCEPT) < 0:
             row["rejected"][kind] = case.check.text
 
 
