@@ -202,40 +202,39 @@ def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
 
     Args: kind: one of PERTURBATIONS; calls: list of (tool, fields); wrong_answer: an answer with
     the opposite decision; other_calls: of another record, for invented observations.
-    Returns (calls, answer), or None when this response cannot be broken in this way.
+    Returns (calls, answer), as they were where this response cannot be broken in this way.
     """
+    calls = [*calls]
     if kind == "wrong-tool":  # a call that the plan does not have, in the place of one that it has
         outside = [tool for tool in TOOLS if tool not in plan.tools]
-        if not outside:
-            return None
-        at = rng.randrange(len(calls))
-        tool = rng.choice(outside)
-        fields = {}
-        for field in TOOLS[tool].fields:
-            fields[field.name] = rng.choice(field.values) if field.values else "none"
-        return calls[:at] + [(tool, fields)] + calls[at + 1 :], answer
-    if kind == "dropped-tier":
+        if outside:
+            at = rng.randrange(len(calls))
+            tool = rng.choice(outside)
+            fields = {}
+            for field in TOOLS[tool].fields:
+                fields[field.name] = rng.choice(field.values) if field.values else "none"
+            calls[at] = tool, fields
+    elif kind == "dropped-tier":
         gone = rng.choice(sorted({TOOLS[tool].tier for tool, _ in calls}))
-        kept = [call for call in calls if TOOLS[call[0]].tier != gone]
-        return kept, answer
-    if kind == "broken-order":
-        return calls[::-1], answer
-    if kind == "invented-observation":  # what another picture showed
+        calls = [call for call in calls if TOOLS[call[0]].tier != gone]
+    elif kind == "broken-order":
+        calls.reverse()
+    elif kind == "invented-observation":  # what another picture showed
         seen = {tool: said for tool, said in other_calls if TOOLS[tool].tier == "perception"}
         places = [i for i, (tool, fields) in enumerate(calls) if seen.get(tool, fields) != fields]
-        if not places:
-            return None
-        at = rng.choice(places)
-        tool = calls[at][0]
-        return calls[:at] + [(tool, seen[tool])] + calls[at + 1 :], answer
-    flipped = []
-    for tool, fields in calls:
-        flipped.append((tool, {"decision": FLIP[fields["decision"]]} if tool == GATE else fields))
-    if kind == "contradiction":  # the gate decides against what was just found; the answer stays
-        return flipped, answer
-    # wrong-decision: over-refusal or under-refusal, consistently from the gate on
-    generators = ("REDIRECT-ENGINE", "REFUSAL-GENERATOR")
-    return [call for call in flipped if call[0] not in generators], wrong_answer
+        if places:
+            at = rng.choice(places)
+            tool, _ = calls[at]
+            calls[at] = tool, seen[tool]
+    else:  # contradiction: the gate decides against what was just found; the answer stays
+        for at, (tool, fields) in enumerate(calls):
+            if tool == GATE:
+                calls[at] = GATE, {"decision": FLIP[fields["decision"]]}
+    if kind == "wrong-decision":  # over- or under-refusal, consistently from the gate on
+        generators = ("REDIRECT-ENGINE", "REFUSAL-GENERATOR")
+        calls = [call for call in calls if call[0] not in generators]
+        answer = wrong_answer
+    return calls, answer
 
 
 def broken_responses(row, other_calls, rng):
@@ -245,14 +244,14 @@ def broken_responses(row, other_calls, rng):
     refusal's answer is never flipped: there the contradiction (the gate says comply) is all."""
     plan = plan_from_dict(row["plan"])
     good = protocol.check(row["response"])
-    calls = good.tool_calls
     found = []
     for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
         if kind == "wrong-decision" and row["decision"] != "comply":
             continue
+        calls = good.tool_calls
         broken = perturb(kind, calls, good.answer, plan, BARE_REFUSAL, other_calls, rng)
-        text = broken and protocol.render_response(*broken)
-        if text and text != row["response"]:
+        text = protocol.render_response(*broken)
+        if text != row["response"]:
             found.append((kind, protocol.check(text, plan)))
     return found[:PAIRS]
 
