@@ -290,18 +290,17 @@ def split_items(records, size):
     placed = {}
     given_away = set()
     previous = None
-    for record in sorted(records, key=lambda record: fingerprint(sorted(keys[record.id]))):
-        own = keys[record.id]
+    for name, own in sorted(keys.items(), key=lambda pair: fingerprint(sorted(pair[1]))):
+        place = "spare"
         if own == previous:
-            placed[record.id] = "repeated"
+            place = "repeated"
         elif size > 0:
             size -= 1
             given_away |= own
-            placed[record.id] = "eval"
-        elif own.isdisjoint(given_away):
-            placed[record.id] = "spare"
-        else:
-            placed[record.id] = "shares image or question with eval"
+            place = "eval"
+        elif own & given_away:
+            place = "shares image or question with eval"
+        placed[name] = place
         previous = own
     return placed
 
@@ -315,42 +314,42 @@ def plan_item(record, teacher, urls):
     return plan_by_endpoint(teacher, record.question, urls)
 
 
-def draft(record, config, teacher, scorer=None):
-    """One raw item -> {id, outcome, plan, why}, and with a scorer its response and scores.
+def draft(record, row, config, teacher, scorer=None):
+    """Plan a raw item and, with a scorer, have its response written and judged -> its outcome:
+    planned, accepted, "rejected: ..." or "failed: ...". Into `row` go plan, why, response, scores.
 
     The response is written anew from what the parser read, so that later a perturbation differs
-    from it in nothing but its fault. outcome: planned, accepted, "rejected: ..." or "failed: ...".
+    from it in nothing but its fault.
     """
-    row = {"id": record.id, "outcome": "planned"}
+    urls = []
+    for path in record.images:  # what the policy will see
+        picture = open_image(path)
+        urls.append(image_data_url(picture, config.min_pixels, config.max_pixels))
     try:
-        urls = []
-        for path in record.images:  # what the policy will see
-            picture = open_image(path)
-            urls.append(image_data_url(picture, config.min_pixels, config.max_pixels))
         plan, row["why"] = plan_item(record, teacher, urls)
         row["plan"] = vars(plan)
         if scorer is None:
-            return row
+            return "planned"
         check = ask_teacher(record, plan, teacher, urls)
     except Fault as fault:
-        return {"id": record.id, "outcome": f"failed: teacher, {fault.reason}"}
+        return f"failed: teacher, {fault.reason}"
     if not check.legal:
-        return row | {"outcome": f"rejected: checker, {check.violations[0].kind}"}
+        return f"rejected: checker, {check.violations[0].kind}"
     row["response"] = protocol.render_response(check.tool_calls, check.answer)
     case = Case(record.question, record.images, protocol.check(row["response"], plan))
     (scores,) = scorer.score([case])
     if scores is None:
-        return row | {"outcome": "failed: judge"}
+        return "failed: judge"
     row["scores"] = asdict(scores)
     row["decision"] = check.decision or scores.form
     check = protocol.with_answer_form(case.check, scores.form)
     if not check.legal:
-        return row | {"outcome": f"rejected: judge, {check.violations[0].kind}"}
+        return f"rejected: judge, {check.violations[0].kind}"
     expected = record.meta.get("expected", row["decision"])
     if (row["decision"] in DECLINES) != (expected in DECLINES):  # redirect and refuse may differ
-        return row | {"outcome": "rejected: label"}
+        return "rejected: label"
     low = [name for name, least in ACCEPT.items() if row["scores"][name] < least]
-    return row | {"outcome": f"rejected: judge, {low[0]}" if low else "accepted"}
+    return f"rejected: judge, {low[0]}" if low else "accepted"
 
 
 def ask_teacher(record, plan, teacher, urls):
@@ -378,10 +377,13 @@ def make_items(records, placed, sizes, teacher, scorer, config):
 
     def make(items, scorer=None):
         """The rows of these items, asked side by side."""
+
+        def one(record):
+            row = made[record.id] = {"id": record.id}
+            placed[record.id] = row["outcome"] = draft(record, row, config, teacher, scorer)
+
         with ThreadPoolExecutor(teacher.threads) as pool:
-            for row in pool.map(lambda record: draft(record, config, teacher, scorer), items):
-                made[row["id"]] = row
-                placed[row["id"]] = row["outcome"]
+            list(pool.map(one, items))  # raises what one of them raised
 
     spare = [record for record in records if placed[record.id] == "spare"]
     held_out = [record for record in records if placed[record.id] == "eval"]
