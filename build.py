@@ -21,10 +21,8 @@ and why, is a row of work/items.jsonl.
 import json
 import os
 import random
-import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
@@ -51,7 +49,7 @@ from judge import (
     judge_from_env,
     open_chat,
 )
-from protocol import GATE, PERSONAS, TOOLS, Plan, PlanError, make_plan, plan_from_dict
+from protocol import GATE, PERSONAS, TOOLS, PlanError, make_plan, plan_from_dict
 from qibox import image_hash, normalized, record_row
 from trainer import StageError, lock_folder
 
@@ -124,7 +122,7 @@ RULES = {
 }
 
 
-def plan_by_rules(signals: dict) -> tuple[Plan, str]:
+def plan_by_rules(signals: dict):
     """(Plan, one sentence why) from what a record knows of its case. Deterministic, ours.
 
     signals, all optional: harm "none" | "words" | "combined" | "image-text"; wrapper, scary (benign
@@ -165,7 +163,7 @@ PLANNER_PROMPT = "\n".join(
 )
 
 
-def plan_by_endpoint(teacher, question, image_urls) -> tuple[Plan, str]:
+def plan_by_endpoint(teacher, question, image_urls):
     """(Plan, one sentence why) from a chat model that sees image and question (PAPERS 1.2).
 
     A reply that is no valid plan is sent back with its errors; after PLANS of them the rules take
@@ -178,8 +176,7 @@ def plan_by_endpoint(teacher, question, image_urls) -> tuple[Plan, str]:
             return plan, f"{plan.topology} with {plan.persona}, by the planner model."
         except ValueError as error:
             problem = f"Not usable: {error} Reply with the JSON only."
-        draft = {"role": "assistant", "content": reply}
-        messages = [*messages, draft, {"role": "user", "content": problem}]
+        messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": problem}]
     plan, why = plan_by_rules({"image": bool(image_urls)})
     return plan, f"By rule, since no reply was usable (last: {problem}): {why}"
 
@@ -187,14 +184,8 @@ def plan_by_endpoint(teacher, question, image_urls) -> tuple[Plan, str]:
 # ---- perturbations -------------------------------------------------------------------------------
 
 PERTURBATIONS = (
-    "wrong-tool",
-    "dropped-tier",
-    "broken-order",
-    "invented-observation",
-    "contradiction",
-    "wrong-decision",
-)
-FLIP = {"comply": "refuse", "refuse": "comply", "redirect": "comply"}
+    "wrong-tool dropped-tier broken-order invented-observation contradiction wrong-decision"
+).split()
 
 
 def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
@@ -229,7 +220,8 @@ def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
     else:  # contradiction: the gate decides against what was just found; the answer stays
         for at, (tool, fields) in enumerate(calls):
             if tool == GATE:
-                calls[at] = GATE, {"decision": FLIP[fields["decision"]]}
+                flipped = "refuse" if fields["decision"] == "comply" else "comply"
+                calls[at] = GATE, {"decision": flipped}
     if kind == "wrong-decision":  # over- or under-refusal, consistently from the gate on
         generators = ("REDIRECT-ENGINE", "REFUSAL-GENERATOR")
         calls = [call for call in calls if call[0] not in generators]
@@ -265,7 +257,7 @@ def read_raw(folder):
     problems = []
     for record in records:
         source = str(record.meta.get("source", ""))
-        if re.sub(r"\W|_", "", source.casefold()) in TEST_SETS:
+        if normalized(source).replace(" ", "") in TEST_SETS:
             problems.append(f"{record.where}: meta.source: {source} is a test set, not to train on")
         if record.meta.get("expected", "comply") not in DECISIONS:
             problems.append(f"{record.where}: meta.expected: must be one of {', '.join(DECISIONS)}")
@@ -340,7 +332,7 @@ def draft(record, row, config, teacher, scorer=None):
     (scores,) = scorer.score([case])
     if scores is None:
         return "failed: judge"
-    row["scores"] = asdict(scores)
+    row["scores"] = vars(scores)
     row["decision"] = check.decision or scores.form
     check = protocol.with_answer_form(case.check, scores.form)
     if not check.legal:
