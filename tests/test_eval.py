@@ -214,8 +214,8 @@ def test_benchmarks_from_files_to_tables(run, world, tmp_path, monkeypatch):
 
     class Labelling(HashJudge):
         def ask(self, requests):
-            assert len(requests) == 4
-            return [None, requests[1].parse('{"label": 3}'), None, None]
+            assert len(requests) in (0, 4)
+            return [None, requests[1].parse('{"label": 3}'), None, None] if requests else []
 
     monkeypatch.setattr(benchmarks, "read_benchmark", read)
     monkeypatch.setattr(evaluation, "make_judge", lambda config: Labelling(fail_every=10**9))
@@ -249,5 +249,5 @@ def test_mean_over_runs(tmp_path, capsys):
     evaluation.main(["mean", *folders])
     line = capsys.readouterr().out.splitlines()[2]
     assert line == "| sft | generic | 2 | " + "75.0 +- 35.4 | " * 3 + "- | 100.0 +- 0.0 |"
-    with pytest.raises(StageError, match="missing, damaged"):
+    with pytest.raises(StageError, match="missing or damaged"):
         evaluation.main(["mean", folders[0], "none"])
