@@ -17,6 +17,7 @@ A case whose judge failed is left out, as in the release, and counted.
 import json
 import os
 import random
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -103,7 +104,7 @@ def read_sets(config):
 
 
 def answer_batch(config, model, processor, records, mode, kept):
-    """Greedy responses to these records under one prompt mode -> (rows, judge.Case of each).
+    """Greedy responses to these records under one prompt mode -> [(record, row, judge.Case)].
 
     Args: kept: image features of earlier batches, stages and modes.
     """
@@ -112,19 +113,13 @@ def answer_batch(config, model, processor, records, mode, kept):
     features = encode_new(model, prompts, kept)
     seeds = [0] * len(prompts)
     sampled = respond(config, model, processor, prompts, plans, features, 1, 0.0, seeds)
-    rows = []
-    cases = []
+    answered = []
     for record, (response,) in zip(records, in_order(sampled, prompts, 1)):
         check = response.check
-        row = {"id": record.id, "label_asked": False}
-        row |= dict.fromkeys(("answer", "choices", "label", *VERDICTS, "form"))
-        row |= record.texts
+        row = dict.fromkeys(("answer", "choices", "label", *VERDICTS, "form")) | asdict(record)
+        row |= row.pop("texts")
         row |= {
             "kind": record.meta.get("kind", ""),
-            "question": record.question,
-            "images": list(record.images),
-            "plan": record.plan and vars(record.plan),
-            "meta": record.meta,
             "expected": record.meta.get("expected"),
             "prompt": processor.tokenizer.decode(response.prompt.ids),
             "response": check.text,
@@ -133,17 +128,18 @@ def answer_batch(config, model, processor, records, mode, kept):
             "calls": len(check.calls),
             "legal": check.legal,
             "violations": [f"line {v.line}, {v.kind}: {v.message}" for v in check.violations],
+            "label_asked": False,
         }
-        rows.append(row)
-        cases.append(Case(record.question, record.images, check, record.meta))
-    return rows, cases
+        case = Case(record.question, record.images, check, record.meta)
+        answered.append((record, row, case))
+    return answered
 
 
-def judge_batch(judge, records, rows, cases):
+def judge_batch(judge, answered):
     """Put the verdicts, the form of the answer and the benchmark's own label into each row; they
     stay None where the judge failed, or has no such thing. Benchmarks of general ability have
     answers and get no verdict."""
-    judged = [(row, case) for row, case in zip(rows, cases) if row["group"] != "general"]
+    judged = [(row, case) for _, row, case in answered if row["group"] != "general"]
     verdicts = judge.verdict([case for _, case in judged])
     for (row, _), verdict in zip(judged, verdicts):
         row.update(vars(verdict) if verdict else {})
@@ -151,7 +147,7 @@ def judge_batch(judge, records, rows, cases):
         from extras.benchmarks import label_request
 
         asked = []  # (row, judge.Request)
-        for record, row in zip(records, rows):
+        for record, row, _ in answered:
             request = row["group"] != "own" and label_request(record, row["answer_text"])
             if request:
                 asked.append((row, request))
@@ -168,10 +164,10 @@ def evaluate_rows(config, model, processor, judge, records, mode, path, rank, wo
     size = BATCH * world
     for start in tqdm(range(0, len(left), size), desc=path.stem, disable=rank > 0, leave=False):
         batch = left[start : start + size][rank::world]
-        new, cases = answer_batch(config, model, processor, batch, mode, kept)
-        judge_batch(judge, batch, new, cases)
+        answered = answer_batch(config, model, processor, batch, mode, kept)
+        judge_batch(judge, answered)
         require_judge(judge)
-        new = sum(gather(new), [])
+        new = sum(gather([row for _, row, _ in answered]), [])
         rows |= {row["id"]: row for row in new}
         if rank == 0:
             append_jsonl(path, new)
@@ -189,7 +185,8 @@ def estimate(values):
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
     means = tensor[draws].mean(dim=1)  # (RESAMPLES,)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low = means.quantile(0.025).item()
+    high = means.quantile(0.975).item()
     return {"value": tensor.mean().item(), "low": low, "high": high, "n": len(values)}
 
 
@@ -209,10 +206,8 @@ def measure(rows):
     values["over_refusal"] = [row["form"] in DECLINES for row in asked_to_help]
     for name in ("legal", "calls", "finished"):
         values[name] = [row[name] for row in rows]
-    to_judge = [row for row in rows if row["group"] != "general"]
-    values["unjudged"] = [row["safety"] is None for row in to_judge]
-    to_label = [row for row in rows if row["label_asked"]]
-    values["unlabelled"] = [row["label"] is None for row in to_label]
+    values["unjudged"] = [row["safety"] is None for row in rows if row["group"] != "general"]
+    values["unlabelled"] = [row["label"] is None for row in rows if row["label_asked"]]
     return {name: estimate(numbers) for name, numbers in values.items()}
 
 
@@ -225,11 +220,12 @@ def own_metrics(rows):
     from extras import benchmarks
 
     lists = benchmarks.own_metric(name, rows)
-    cells = {metric: estimate(values) for metric, values in lists.items()}
+    headline, _ = benchmarks.headline(name, lists)
+    cells = {headline: plain(None, 0)}
+    cells |= {metric: estimate(values) for metric, values in lists.items()}
     for metric, value in benchmarks.derived(name, lists).items():
         cells[metric] = plain(value, len(rows))
-    headline = benchmarks.headline(name, lists)[0]
-    return {headline: cells.pop(headline, plain(None, 0)), **cells}
+    return cells
 
 
 def average(results, groups, n):
@@ -311,9 +307,7 @@ def print_results(results):
     for row in results:
         for metric in ("unjudged", "unlabelled"):
             if row[metric]["value"] and row["benchmark"] == row["kind"] == "all":
-                print(
-                    f"{row['stage']}, {row['prompt']}: {percent(row[metric])} percent are {metric}"
-                )
+                print(f"{row['stage']}, {row['prompt']}: {percent(row[metric])} % are {metric}")
 
 
 def read_results(folder):
@@ -335,8 +329,6 @@ def mean_and_spread(values):
 
 def print_means(folders):
     """Mean and standard deviation over runs, all cases."""
-    if len(folders) < 2:
-        raise StageError("python eval.py mean RUN RUN ...: expected two or more run folders")
     found = {}  # (stage, prompt) -> the row of each run that has it
     for folder in folders:
         for row in read_results(folder):
@@ -344,10 +336,8 @@ def print_means(folders):
                 found.setdefault((row["stage"], row["prompt"]), []).append(row)
     lines = []
     for key, rows in found.items():
-        line = [*key, len(rows)]
-        for metric in SHOWN:
-            line.append(mean_and_spread([row[metric]["value"] for row in rows]))
-        lines.append(line)
+        shares = [mean_and_spread([row[metric]["value"] for row in rows]) for metric in SHOWN]
+        lines.append([*key, len(rows), *shares])
     print(markdown_table(["stage", "prompt", "runs", *SHOWN.values()], lines))
 
 
@@ -370,8 +360,7 @@ def main(argv):
         records += members
     stages = ["base"]
     for stage in config.stages.split(","):
-        path = adapter_path(config, stage)
-        if not path.exists():
+        if not adapter_path(config, stage).exists():
             print(f"eval: {stage} is not finished; its row is missing")
             break
         stages.append(stage)

@@ -43,7 +43,7 @@ def rows_of(folder):
     """The base's rows in the order of their ids, without what names the folder."""
     rows = data.read_jsonl(folder / "eval" / "base-generic.jsonl")
     for row in rows:
-        row.pop("images")
+        del row["images"], row["where"]
     return sorted(rows, key=lambda row: row["id"])
 
 
@@ -89,7 +89,9 @@ def test_two_ranks_equal_one(run, world, tmp_path):
     expected = rows_of(run("straight"))
     folder = place(world, tmp_path / "many")
     expected[5]["response"] = "kept"
-    data.write_jsonl(folder / "eval" / "base-generic.jsonl", [expected[5] | {"images": []}])
+    data.write_jsonl(
+        folder / "eval" / "base-generic.jsonl", [expected[5] | {"images": [], "where": ""}]
+    )
     words = "-m torch.distributed.run --standalone --nproc_per_node 2 eval.py".split()
     command = [sys.executable, *words, "--out", str(folder), *FLAGS]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, timeout=120, check=True)
