@@ -262,8 +262,8 @@ def read_raw(folder):
         if record.meta.get("expected", "comply") not in DECISIONS:
             problems.append(f"{record.where}: meta.expected: must be one of {', '.join(DECISIONS)}")
         try:
-            plan_by_rules(dict(record.meta.get("signals", {})))
-        except (ValueError, TypeError) as error:
+            plan_by_rules(record.meta.get("signals", {}))
+        except (ValueError, AttributeError) as error:
             problems.append(f"{record.where}: meta.signals: {error}")
     refuse(f"label(s) of {folder} cannot be built on", problems)
     return records
@@ -313,10 +313,10 @@ def draft(record, row, config, teacher, scorer=None):
     The response is written anew from what the parser read, so that later a perturbation differs
     from it in nothing but its fault.
     """
-    urls = []
-    for path in record.images:  # what the policy will see
-        picture = open_image(path)
-        urls.append(image_data_url(picture, config.min_pixels, config.max_pixels))
+    urls = [  # what the policy will see
+        image_data_url(open_image(path), config.min_pixels, config.max_pixels)
+        for path in record.images
+    ]
     try:
         plan, row["why"] = plan_item(record, teacher, urls)
         row["plan"] = vars(plan)
@@ -340,8 +340,10 @@ def draft(record, row, config, teacher, scorer=None):
     expected = record.meta.get("expected", row["decision"])
     if (row["decision"] in DECLINES) != (expected in DECLINES):  # redirect and refuse may differ
         return "rejected: label"
-    low = [name for name, least in ACCEPT.items() if row["scores"][name] < least]
-    return f"rejected: judge, {low[0]}" if low else "accepted"
+    for name, least in ACCEPT.items():
+        if row["scores"][name] < least:
+            return f"rejected: judge, {name}"
+    return "accepted"
 
 
 def ask_teacher(record, plan, teacher, urls):
@@ -412,7 +414,6 @@ def add_pairs(records, rows, scorer, seed):
                 legal.append((row, kind, Case(record.question, record.images, check)))
             else:
                 row["rejected"][kind] = check.text
-    print(f"build: {len(legal)} perturbations are judged")
     scores = scorer.score([case for _, _, case in legal])
     for (row, kind, case), score in zip(legal, scores):
         if score and sum(getattr(score, name) - row["scores"][name] for name in ACCEPT) < 0:
@@ -488,10 +489,10 @@ def main(argv):
     write_jsonl(work / "items.jsonl", made.values())
     chosen = [record for record in records if placed[record.id] == "sft"]
     add_pairs(chosen, [made[record.id] for record in chosen], scorer, config.seed)
-    card = {"inputs": inputs, "items": Counter(placed.values())}  # every raw item is in one count
-    card |= write_sets(folder, records, placed, made)
+    items = Counter(placed.values())  # every raw item is in one count
+    card = {"inputs": inputs, "items": items} | write_sets(folder, records, placed, made)
     write_text(card_path, json.dumps(card, indent=1, ensure_ascii=False) + "\n")  # last
-    print(f"build: {folder}: {dict(card['items'])}")
+    print(f"build: {folder}: {dict(items)}")
     print(f"build: teacher {dict(teacher.counts)}, judge {dict(scorer.counts)}")
 
 

@@ -76,7 +76,7 @@ def read_sets(config):
 
     Among a record's texts is then its group: own (eval.jsonl), safety, over-refusal or general.
     """
-    names = [name for name in config.benchmarks.split(",") if name]
+    names = config.benchmarks.split(",") if config.benchmarks else []
     if names and not config.bench_data:
         raise ConfigError("--benchmarks needs --bench_data, a folder with one folder per benchmark")
     path = set_path(config.data or os.path.join(config.out, "data"), "eval")
