@@ -80,23 +80,19 @@ def read_sets(config):
     if names and not config.bench_data:
         raise ConfigError("--benchmarks needs --bench_data, a folder with one folder per benchmark")
     path = set_path(config.data or os.path.join(config.out, "data"), "eval")
-    found = []  # (group, records)
+    sets = {}
     if path.exists() or not names:
-        found.append(("own", read_records(path, "eval")))
+        for record in read_records(path, "eval"):
+            record.texts["group"] = "own"
+            sets.setdefault(record.texts["benchmark"], []).append(record)
     for name in names:
         from extras import benchmarks  # which imports build.py, and that this file
 
-        records = benchmarks.read_benchmark(name, os.path.join(config.bench_data, name))
-        found.append((benchmarks.BENCHMARKS[name].group, records))
-    sets = {}
-    seen = set()
-    for group, records in found:
-        for record in records:
-            if record.id in seen:
-                raise DataError(f"the id {record.id} is used twice in eval.jsonl and benchmarks")
-            seen.add(record.id)
-            record.texts["group"] = group
-            sets.setdefault(record.texts["benchmark"], []).append(record)
+        if name in sets:
+            raise ConfigError(f"{name} is there twice, in --benchmarks or as a set of eval.jsonl")
+        sets[name] = benchmarks.read_benchmark(name, os.path.join(config.bench_data, name))
+        for record in sets[name]:
+            record.texts["group"] = benchmarks.BENCHMARKS[name].group
     return sets
 
 

@@ -232,13 +232,13 @@ def test_benchmarks_from_files_to_tables(run, world, tmp_path, monkeypatch):
 
 
 def test_what_is_refused(run, monkeypatch):
-    """Guards: ids that two sources share, benchmarks without a folder."""
+    """Guards: a set that two sources share, benchmarks without a folder."""
     with pytest.raises(ConfigError, match="needs --bench_data"):
         run("a", "--benchmarks", "pope")
-    twin = data.Record("1", "?", texts={"benchmark": "toy"})
-    monkeypatch.setattr(evaluation, "read_records", lambda path, kind: [twin, twin])
-    with pytest.raises(data.DataError, match="the id 1 is used twice"):
-        run("b")
+    twin = data.Record("1", "?", texts={"benchmark": "pope"})
+    monkeypatch.setattr(evaluation, "read_records", lambda path, kind: [twin])
+    with pytest.raises(ConfigError, match="pope is there twice"):
+        run("b", "--benchmarks", "pope", "--bench_data", "files")
 
 
 def test_mean_over_runs(tmp_path, capsys):
