@@ -240,8 +240,7 @@ def broken_responses(row, other_calls, rng):
     for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
         if kind == "wrong-decision" and row["decision"] != "comply":
             continue
-        calls = good.tool_calls
-        broken = perturb(kind, calls, good.answer, plan, BARE_REFUSAL, other_calls, rng)
+        broken = perturb(kind, good.tool_calls, good.answer, plan, BARE_REFUSAL, other_calls, rng)
         text = protocol.render_response(*broken)
         if text != row["response"]:
             found.append((kind, protocol.check(text, plan)))
@@ -492,8 +491,8 @@ def main(argv):
     items = Counter(placed.values())  # every raw item is in one count
     card = {"inputs": inputs, "items": items} | write_sets(folder, records, placed, made)
     write_text(card_path, json.dumps(card, indent=1, ensure_ascii=False) + "\n")  # last
-    print(f"build: {folder}: {dict(items)}")
-    print(f"build: teacher {dict(teacher.counts)}, judge {dict(scorer.counts)}")
+    counts = f"teacher {dict(teacher.counts)}, judge {dict(scorer.counts)}"
+    print(f"build: {folder}: {dict(items)}; {counts}")
 
 
 if __name__ == "__main__":
