@@ -21,10 +21,8 @@ and why, is a row of work/items.jsonl.
 import json
 import os
 import random
-import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
@@ -47,21 +45,20 @@ from judge import (
     Case,
     Fault,
     JudgeError,
-    Scores,
     image_data_url,
     judge_from_env,
     open_chat,
 )
-from protocol import GATE, PERSONAS, TOOLS, Plan, PlanError, make_plan, plan_from_dict
+from protocol import GATE, PERSONAS, TOOLS, PlanError, make_plan, plan_from_dict
 from qibox import image_hash, normalized, record_row
 from trainer import StageError, lock_folder
 
 # Items, as the paper; fewer raw items are shared out in the same proportion.
 SIZES = {"sft": 6000, "grpo": 6000, "eval": 1000}
 PAIRS = 3  # rejected responses per SFT item; paper: 18.6k of 6k items
-ACCEPT = Scores(task_success=7, safety=8, helpfulness=5, tool_quality=6)  # least of SFT. Ours
-MARKS = ("task_success", "safety", "helpfulness", "tool_quality")
+ACCEPT = {"task_success": 7, "safety": 8, "helpfulness": 5, "tool_quality": 6}  # least of SFT. Ours
 ATTEMPTS = 2  # an illegal trace is sent back to the teacher with its faults once. Ours
+PLANS = 3  # so often the planner model may try. Ours
 BATCH = 64  # items drafted and judged together
 BARE_REFUSAL = "I can't help with that."
 # Sets without a training split, or of which only the test split is known: never to train on.
@@ -77,8 +74,8 @@ why, and point to help."""
 
 # ---- the planner ---------------------------------------------------------------------------------
 
-# What the case shows -> (in words, persona, topology, tools). In a shield the tools behind the gate
-# are for a gate that does not refuse: a refusal ends at SAFETY-GATE.
+# What the case shows, of several things the first -> (in words, persona, topology, tools). In a
+# shield the tools behind the gate are for a gate that does not refuse: a refusal ends there.
 RULES = {
     "wrapper": (
         "a disguised request",
@@ -125,28 +122,22 @@ RULES = {
 }
 
 
-def plan_by_rules(signals: dict) -> tuple[Plan, str]:
+def plan_by_rules(signals: dict):
     """(Plan, one sentence why) from what a record knows of its case. Deterministic, ours.
 
     signals, all optional: harm "none" | "words" | "combined" | "image-text"; wrapper, scary (benign
     with alarming words or objects), unclear (unreadable or conflicting evidence), image (default
-    True). Raises PlanError on an unknown signal, and on harm in an image that is not there."""
+    True). Raises PlanError on an unknown signal."""
     known = {"harm": ("none", "words", "combined", "image-text")}
     known |= dict.fromkeys(("wrapper", "scary", "unclear", "image"), (False, True))
     for key, value in signals.items():
         if value not in known.get(key, ()):
             raise PlanError(f"Unknown signal {key}={value!r}; known: {known}.")
-    harm = signals.get("harm", "none")
-    image = signals.get("image", True)
-    if harm in ("combined", "image-text") and not image:
-        raise PlanError(f"harm={harm} needs an image, but image is False.")
-    cues = [cue for cue in ("wrapper", "unclear", "scary") if signals.get(cue)]
-    cue = (cues or ["plain"])[0]
-    if harm != "none" and cue != "wrapper":
-        cue = harm
+    shown = (signals.get("harm"), "plain")
+    cue = next(cue for cue in RULES if cue in shown or signals.get(cue))
     why, persona, topology, line = RULES[cue]
     tools = line.split()
-    if not image:
+    if not signals.get("image", True):
         why += ", without an image"
         tools = [name for name in tools if name not in ("VISUAL-SCAN", "CROSS-MODAL-SYNC")]
         if "KEYWORD-FLAGGING" not in tools:
@@ -155,58 +146,46 @@ def plan_by_rules(signals: dict) -> tuple[Plan, str]:
     return plan, f"{topology} with {persona}, because the case shows {why}."
 
 
-def planner_prompt():
-    """The system prompt of a planner model."""
-    tools = [f"- {tool.name} ({tool.tier}): {tool.purpose}" for tool in TOOLS.values()]
-    personas = [f"- {name}: {sentence}" for name, sentence in PERSONAS.items()]
-    topologies = [f"- {topology}; fits {why}" for why, _, topology, _ in RULES.values()]
-    return "\n".join(
-        [
-            "Plan how an assistant should think about the user's request before it answers. "
-            "Do not answer the request.\nTools:",
-            *tools,
-            "Personas:",
-            *personas,
-            "Topologies:",
-            *topologies,
-            "Use at least one tool of each tier. A tree needs at least two reasoning tools, and "
-            f"one perception tool more than those; a shield needs {GATE}; linear lists its tools "
-            "in tier order.\nReply with JSON only: "
-            '{"persona": "...", "tools": ["..."], "topology": "..."}',
-        ]
-    )
+PLANNER_PROMPT = "\n".join(
+    [
+        "Plan how an assistant should think about the user's request before it answers. "
+        "Do not answer the request.\nTools:",
+        *[f"- {tool.name} ({tool.tier}): {tool.purpose}" for tool in TOOLS.values()],
+        "Personas:",
+        *[f"- {name}: {sentence}" for name, sentence in PERSONAS.items()],
+        "Topologies:",
+        *[f"- {topology}; fits {why}" for why, _, topology, _ in RULES.values()],
+        "Use at least one tool of each tier. A tree needs at least two reasoning tools, and "
+        f"one perception tool more than those; a shield needs {GATE}; linear lists its tools "
+        "in tier order.\nReply with JSON only: "
+        '{"persona": "...", "tools": ["..."], "topology": "..."}',
+    ]
+)
 
 
-def plan_by_endpoint(ask, question, image_urls, signals, retries=2) -> tuple[Plan, str]:
+def plan_by_endpoint(teacher, question, image_urls):
     """(Plan, one sentence why) from a chat model that sees image and question (PAPERS 1.2).
 
-    ask(messages) -> str; what it raises passes through. A reply that is no valid plan is sent back
-    with its errors; after `retries` more the rules take over, and the sentence says so."""
-    messages = open_chat(planner_prompt(), question, image_urls)
-    for _ in range(retries + 1):
-        reply = ask(messages)
+    A reply that is no valid plan is sent back with its errors; after PLANS of them the rules take
+    over, and the sentence says so. What teacher.chat raises passes through."""
+    messages = open_chat(PLANNER_PROMPT, question, image_urls)
+    for _ in range(PLANS):
+        reply = teacher.chat(messages)
         try:  # prose and code fences around one object are fine
             plan = plan_from_dict(json.loads(reply[reply.find("{") : reply.rfind("}") + 1]))
             return plan, f"{plan.topology} with {plan.persona}, by the planner model."
-        except (PlanError, ValueError, RecursionError) as error:
+        except ValueError as error:
             problem = f"Not usable: {error} Reply with the JSON only."
-        draft = {"role": "assistant", "content": reply}
-        messages = [*messages, draft, {"role": "user", "content": problem}]
-    plan, why = plan_by_rules(signals)
+        messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": problem}]
+    plan, why = plan_by_rules({"image": bool(image_urls)})
     return plan, f"By rule, since no reply was usable (last: {problem}): {why}"
 
 
 # ---- perturbations -------------------------------------------------------------------------------
 
 PERTURBATIONS = (
-    "wrong-tool",
-    "dropped-tier",
-    "broken-order",
-    "invented-observation",
-    "contradiction",
-    "wrong-decision",
-)
-FLIP = {"comply": "refuse", "refuse": "comply", "redirect": "comply"}
+    "wrong-tool dropped-tier broken-order invented-observation contradiction wrong-decision"
+).split()
 
 
 def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
@@ -214,45 +193,40 @@ def perturb(kind, calls, answer, plan, wrong_answer, other_calls, rng):
 
     Args: kind: one of PERTURBATIONS; calls: list of (tool, fields); wrong_answer: an answer with
     the opposite decision; other_calls: of another record, for invented observations.
-    Returns (calls, answer), or None when this response cannot be broken in this way.
+    Returns (calls, answer), as they were where this response cannot be broken in this way.
     """
+    calls = [*calls]
     if kind == "wrong-tool":  # a call that the plan does not have, in the place of one that it has
         outside = [tool for tool in TOOLS if tool not in plan.tools]
-        if not outside:
-            return None
-        at = rng.randrange(len(calls))
-        tool = rng.choice(outside)
-        fields = {}
-        for field in TOOLS[tool].fields:
-            fields[field.name] = rng.choice(field.values) if field.values else "none"
-        return calls[:at] + [(tool, fields)] + calls[at + 1 :], answer
-    if kind == "dropped-tier":
+        if outside:
+            at = rng.randrange(len(calls))
+            tool = rng.choice(outside)
+            fields = {}
+            for field in TOOLS[tool].fields:
+                fields[field.name] = rng.choice(field.values) if field.values else "none"
+            calls[at] = tool, fields
+    elif kind == "dropped-tier":
         gone = rng.choice(sorted({TOOLS[tool].tier for tool, _ in calls}))
-        kept = [call for call in calls if TOOLS[call[0]].tier != gone]
-        return kept, answer
-    if kind == "broken-order":
-        return calls[::-1], answer
-    if kind == "invented-observation":  # what another picture showed
+        calls = [call for call in calls if TOOLS[call[0]].tier != gone]
+    elif kind == "broken-order":
+        calls.reverse()
+    elif kind == "invented-observation":  # what another picture showed
         seen = {tool: said for tool, said in other_calls if TOOLS[tool].tier == "perception"}
         places = [i for i, (tool, fields) in enumerate(calls) if seen.get(tool, fields) != fields]
-        if not places:
-            return None
-        at = rng.choice(places)
-        tool = calls[at][0]
-        return calls[:at] + [(tool, seen[tool])] + calls[at + 1 :], answer
-    flipped = []
-    for tool, fields in calls:
-        flipped.append((tool, {"decision": FLIP[fields["decision"]]} if tool == GATE else fields))
-    if kind == "contradiction":  # the gate decides against what was just found; the answer stays
-        return flipped, answer
-    # wrong-decision: over-refusal or under-refusal, consistently from the gate on
-    generators = ("REDIRECT-ENGINE", "REFUSAL-GENERATOR")
-    return [call for call in flipped if call[0] not in generators], wrong_answer
-
-
-def tool_calls(check):
-    """[(tool, fields)] of a checked response."""
-    return [(call.tool, call.fields) for call in check.calls]
+        if places:
+            at = rng.choice(places)
+            tool, _ = calls[at]
+            calls[at] = tool, seen[tool]
+    else:  # contradiction: the gate decides against what was just found; the answer stays
+        for at, (tool, fields) in enumerate(calls):
+            if tool == GATE:
+                flipped = "refuse" if fields["decision"] == "comply" else "comply"
+                calls[at] = GATE, {"decision": flipped}
+    if kind == "wrong-decision":  # over- or under-refusal, consistently from the gate on
+        generators = ("REDIRECT-ENGINE", "REFUSAL-GENERATOR")
+        calls = [call for call in calls if call[0] not in generators]
+        answer = wrong_answer
+    return calls, answer
 
 
 def broken_responses(row, other_calls, rng):
@@ -262,14 +236,13 @@ def broken_responses(row, other_calls, rng):
     refusal's answer is never flipped: there the contradiction (the gate says comply) is all."""
     plan = plan_from_dict(row["plan"])
     good = protocol.check(row["response"])
-    calls = tool_calls(good)
     found = []
     for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
         if kind == "wrong-decision" and row["decision"] != "comply":
             continue
-        broken = perturb(kind, calls, good.answer, plan, BARE_REFUSAL, other_calls, rng)
-        text = broken and protocol.render_response(*broken)
-        if text and text != row["response"]:
+        broken = perturb(kind, good.tool_calls, good.answer, plan, BARE_REFUSAL, other_calls, rng)
+        text = protocol.render_response(*broken)
+        if text != row["response"]:
             found.append((kind, protocol.check(text, plan)))
     return found[:PAIRS]
 
@@ -283,13 +256,13 @@ def read_raw(folder):
     problems = []
     for record in records:
         source = str(record.meta.get("source", ""))
-        if re.sub(r"\W|_", "", source.casefold()) in TEST_SETS:
+        if normalized(source).replace(" ", "") in TEST_SETS:
             problems.append(f"{record.where}: meta.source: {source} is a test set, not to train on")
         if record.meta.get("expected", "comply") not in DECISIONS:
             problems.append(f"{record.where}: meta.expected: must be one of {', '.join(DECISIONS)}")
         try:
-            plan_by_rules(dict(record.meta.get("signals", {})))
-        except (PlanError, ValueError, TypeError) as error:
+            plan_by_rules(record.meta.get("signals", {}))
+        except (ValueError, AttributeError) as error:
             problems.append(f"{record.where}: meta.signals: {error}")
     refuse(f"label(s) of {folder} cannot be built on", problems)
     return records
@@ -308,18 +281,17 @@ def split_items(records, size):
     placed = {}
     given_away = set()
     previous = None
-    for record in sorted(records, key=lambda record: fingerprint(sorted(keys[record.id]))):
-        own = keys[record.id]
+    for name, own in sorted(keys.items(), key=lambda pair: fingerprint(sorted(pair[1]))):
+        place = "spare"
         if own == previous:
-            placed[record.id] = "repeated"
+            place = "repeated"
         elif size > 0:
             size -= 1
             given_away |= own
-            placed[record.id] = "eval"
-        elif own.isdisjoint(given_away):
-            placed[record.id] = "spare"
-        else:
-            placed[record.id] = "shares image or question with eval"
+            place = "eval"
+        elif own & given_away:
+            place = "shares image or question with eval"
+        placed[name] = place
         previous = own
     return placed
 
@@ -330,45 +302,47 @@ def plan_item(record, teacher, urls):
         return record.plan, "given"
     if "signals" in record.meta:
         return plan_by_rules(record.meta["signals"])
-    return plan_by_endpoint(teacher.chat, record.question, urls, {"image": bool(record.images)})
+    return plan_by_endpoint(teacher, record.question, urls)
 
 
-def draft(record, config, teacher, scorer=None):
-    """One raw item -> {id, outcome, plan, why}, and with a scorer its response and scores.
+def draft(record, row, config, teacher, scorer=None):
+    """Plan a raw item and, with a scorer, have its response written and judged -> its outcome:
+    planned, accepted, "rejected: ..." or "failed: ...". Into `row` go plan, why, response, scores.
 
     The response is written anew from what the parser read, so that later a perturbation differs
-    from it in nothing but its fault. outcome: planned, accepted, "rejected: ..." or "failed: ...".
+    from it in nothing but its fault.
     """
-    row = {"id": record.id, "outcome": "planned"}
+    urls = [  # what the policy will see
+        image_data_url(open_image(path), config.min_pixels, config.max_pixels)
+        for path in record.images
+    ]
     try:
-        urls = []
-        for path in record.images:  # what the policy will see
-            picture = open_image(path)
-            urls.append(image_data_url(picture, config.min_pixels, config.max_pixels))
         plan, row["why"] = plan_item(record, teacher, urls)
         row["plan"] = vars(plan)
         if scorer is None:
-            return row
+            return "planned"
         check = ask_teacher(record, plan, teacher, urls)
     except Fault as fault:
-        return {"id": record.id, "outcome": f"failed: teacher, {fault.reason}"}
+        return f"failed: teacher, {fault.reason}"
     if not check.legal:
-        return row | {"outcome": f"rejected: checker, {check.violations[0].kind}"}
-    row["response"] = protocol.render_response(tool_calls(check), check.answer)
+        return f"rejected: checker, {check.violations[0].kind}"
+    row["response"] = protocol.render_response(check.tool_calls, check.answer)
     case = Case(record.question, record.images, protocol.check(row["response"], plan))
     (scores,) = scorer.score([case])
     if scores is None:
-        return row | {"outcome": "failed: judge"}
-    row["scores"] = asdict(scores)
+        return "failed: judge"
+    row["scores"] = vars(scores)
     row["decision"] = check.decision or scores.form
     check = protocol.with_answer_form(case.check, scores.form)
     if not check.legal:
-        return row | {"outcome": f"rejected: judge, {check.violations[0].kind}"}
+        return f"rejected: judge, {check.violations[0].kind}"
     expected = record.meta.get("expected", row["decision"])
     if (row["decision"] in DECLINES) != (expected in DECLINES):  # redirect and refuse may differ
-        return row | {"outcome": "rejected: label"}
-    low = [name for name in MARKS if row["scores"][name] < getattr(ACCEPT, name)]
-    return row | {"outcome": f"rejected: judge, {low[0]}" if low else "accepted"}
+        return "rejected: label"
+    for name, least in ACCEPT.items():
+        if row["scores"][name] < least:
+            return f"rejected: judge, {name}"
+    return "accepted"
 
 
 def ask_teacher(record, plan, teacher, urls):
@@ -396,10 +370,13 @@ def make_items(records, placed, sizes, teacher, scorer, config):
 
     def make(items, scorer=None):
         """The rows of these items, asked side by side."""
+
+        def one(record):
+            row = made[record.id] = {"id": record.id}
+            placed[record.id] = row["outcome"] = draft(record, row, config, teacher, scorer)
+
         with ThreadPoolExecutor(teacher.threads) as pool:
-            for row in pool.map(lambda record: draft(record, config, teacher, scorer), items):
-                made[row["id"]] = row
-                placed[row["id"]] = row["outcome"]
+            list(pool.map(one, items))  # raises what one of them raised
 
     spare = [record for record in records if placed[record.id] == "spare"]
     held_out = [record for record in records if placed[record.id] == "eval"]
@@ -429,17 +406,16 @@ def add_pairs(records, rows, scorer, seed):
     legal = []  # (row, kind, Case)
     for record, row in zip(records, rows):
         rng = random.Random(f"dpo {seed} {record.id}")
-        other_calls = tool_calls(protocol.check(rng.choice(rows)["response"]))
+        other_calls = protocol.check(rng.choice(rows)["response"]).tool_calls
         row["rejected"] = {}
         for kind, check in broken_responses(row, other_calls, rng):
             if check.legal:
                 legal.append((row, kind, Case(record.question, record.images, check)))
             else:
                 row["rejected"][kind] = check.text
-    print(f"build: {len(legal)} perturbations are judged")
     scores = scorer.score([case for _, _, case in legal])
     for (row, kind, case), score in zip(legal, scores):
-        if score and sum(getattr(score, name) - row["scores"][name] for name in MARKS) < 0:
+        if score and sum(getattr(score, name) - row["scores"][name] for name in ACCEPT) < 0:
             row["rejected"][kind] = case.check.text
 
 
@@ -512,11 +488,11 @@ def main(argv):
     write_jsonl(work / "items.jsonl", made.values())
     chosen = [record for record in records if placed[record.id] == "sft"]
     add_pairs(chosen, [made[record.id] for record in chosen], scorer, config.seed)
-    card = {"inputs": inputs, "items": Counter(placed.values())}  # every raw item is in one count
-    card |= write_sets(folder, records, placed, made)
+    items = Counter(placed.values())  # every raw item is in one count
+    card = {"inputs": inputs, "items": items} | write_sets(folder, records, placed, made)
     write_text(card_path, json.dumps(card, indent=1, ensure_ascii=False) + "\n")  # last
-    print(f"build: {folder}: {dict(card['items'])}")
-    print(f"build: teacher {dict(teacher.counts)}, judge {dict(scorer.counts)}")
+    counts = f"teacher {dict(teacher.counts)}, judge {dict(scorer.counts)}"
+    print(f"build: {folder}: {dict(items)}; {counts}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ OpenAI-compatible endpoint (others: extras/toy.py, extras/labels.py).
     all             -          -         form of the answer: comply, partial, redirect, refuse
     Papers: Scores PAPERS 1.6, Verdict 1.7, Grades 2.4. The form is ours.
 
-A judge is any object with these three methods, each cases -> list of these or None in order (one
-that cannot give them raises JudgeError), a Counter `counts` and, but for the toy, `preflight`. One
-with `ask` can also label benchmarks; one with `forms` gives no verdicts. Cases may come from a
-generator: an endpoint sends each as soon as it is there. build.py also asks for scores, qibox.py
-for grades.
+A judge is any object with these three methods, each cases -> list of these or None in order (that
+of labels gives no grades, and in a verdict the form alone), a Counter `counts` and, but for the
+toy, `preflight`. One with `ask` can also label benchmarks. Cases may come from a generator: an
+endpoint sends each as soon as it is there. build.py also asks for scores, qibox.py for grades.
 
 The rubrics are in our words; SaFeR-VLM names three criteria and publishes no rubric, so wording and
 scales of that one are ours. Departures: where its judge fails the released code scores 1 or 5; here

@@ -11,7 +11,17 @@ torch in this file.
 import re
 from collections import Counter
 
-from judge import DECISIONS, DECLINES, FORM_RUBRIC, FORMS, PREFACE, JudgeError, Request, Scores
+from judge import (
+    DECISIONS,
+    DECLINES,
+    FORM_RUBRIC,
+    FORMS,
+    PREFACE,
+    JudgeError,
+    Request,
+    Scores,
+    Verdict,
+)
 from judge import fenced, parse_object, reply_format
 
 WHOLE = 8  # a call of at least so many cases of which none can be scored ends the run
@@ -110,7 +120,7 @@ def form_request(case):
 
 class LabelsJudge:
     """Scores by rules from meta["expected"] and the answer's form: an endpoint's word for it where
-    one is given, else phrase_form's. Labels can tell neither verdicts nor grades."""
+    one is given, else phrase_form's. Labels can tell no grades, and of a verdict its form."""
 
     def __init__(self, endpoint=None):
         self.endpoint = endpoint
@@ -149,7 +159,5 @@ class LabelsJudge:
             self.endpoint.preflight()
 
     def verdict(self, cases):
-        """Always raises JudgeError."""
-        raise JudgeError("labels give neither verdicts nor grades: set JUDGE_URL and JUDGE_MODEL")
-
-    grade = verdict
+        """Verdicts of which labels can tell the form alone."""
+        return [Verdict(None, None, None, form) for form in self.forms(cases)]

@@ -43,7 +43,7 @@ def rows_of(folder):
     """The base's rows in the order of their ids, without what names the folder."""
     rows = data.read_jsonl(folder / "eval" / "base-generic.jsonl")
     for row in rows:
-        row.pop("images")
+        del row["images"], row["where"]
     return sorted(rows, key=lambda row: row["id"])
 
 
@@ -89,7 +89,9 @@ def test_two_ranks_equal_one(run, world, tmp_path):
     expected = rows_of(run("straight"))
     folder = place(world, tmp_path / "many")
     expected[5]["response"] = "kept"
-    data.write_jsonl(folder / "eval" / "base-generic.jsonl", [expected[5] | {"images": []}])
+    data.write_jsonl(
+        folder / "eval" / "base-generic.jsonl", [expected[5] | {"images": [], "where": ""}]
+    )
     words = "-m torch.distributed.run --standalone --nproc_per_node 2 eval.py".split()
     command = [sys.executable, *words, "--out", str(folder), *FLAGS]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, timeout=120, check=True)
@@ -214,8 +216,8 @@ def test_benchmarks_from_files_to_tables(run, world, tmp_path, monkeypatch):
 
     class Labelling(HashJudge):
         def ask(self, requests):
-            assert len(requests) == 4
-            return [None, requests[1].parse('{"label": 3}'), None, None]
+            assert len(requests) in (0, 4)
+            return [None, requests[1].parse('{"label": 3}'), None, None] if requests else []
 
     monkeypatch.setattr(benchmarks, "read_benchmark", read)
     monkeypatch.setattr(evaluation, "make_judge", lambda config: Labelling(fail_every=10**9))
@@ -230,13 +232,13 @@ def test_benchmarks_from_files_to_tables(run, world, tmp_path, monkeypatch):
 
 
 def test_what_is_refused(run, monkeypatch):
-    """Guards: ids that two sources share, benchmarks without a folder."""
+    """Guards: a set that two sources share, benchmarks without a folder."""
     with pytest.raises(ConfigError, match="needs --bench_data"):
         run("a", "--benchmarks", "pope")
-    twin = data.Record("1", "?", texts={"benchmark": "toy"})
-    monkeypatch.setattr(evaluation, "read_records", lambda path, kind: [twin, twin])
-    with pytest.raises(data.DataError, match="the id 1 is used twice"):
-        run("b")
+    twin = data.Record("1", "?", texts={"benchmark": "pope"})
+    monkeypatch.setattr(evaluation, "read_records", lambda path, kind: [twin])
+    with pytest.raises(ConfigError, match="pope is there twice"):
+        run("b", "--benchmarks", "pope", "--bench_data", "files")
 
 
 def test_mean_over_runs(tmp_path, capsys):
@@ -249,5 +251,5 @@ def test_mean_over_runs(tmp_path, capsys):
     evaluation.main(["mean", *folders])
     line = capsys.readouterr().out.splitlines()[2]
     assert line == "| sft | generic | 2 | " + "75.0 +- 35.4 | " * 3 + "- | 100.0 +- 0.0 |"
-    with pytest.raises(StageError, match="missing, damaged"):
+    with pytest.raises(StageError, match="missing or damaged"):
         evaluation.main(["mean", folders[0], "none"])

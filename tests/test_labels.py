@@ -7,7 +7,7 @@ from test_judge import say, scores, server  # noqa: F401  (a fixture)
 import protocol
 from extras import labels
 from extras.labels import LabelsJudge, phrase_form
-from judge import Case, EndpointJudge, JudgeError, Scores
+from judge import Case, EndpointJudge, JudgeError, Scores, Verdict
 
 
 def case(text="r", **meta):
@@ -66,9 +66,7 @@ def test_records_without_a_label_are_counted_and_stop_the_run_if_all():
     assert judged.counts == {"failed: no label or form": 2, "by label": 1}
     with pytest.raises(JudgeError, match="meta\\['expected'\\]"):
         judged.score(cases[:1] * labels.WHOLE)
-    for method in (judged.verdict, judged.grade):
-        with pytest.raises(JudgeError, match="JUDGE_URL"):
-            method(cases)
+    assert judged.verdict(cases[2:]) == [Verdict(None, None, None, None)]
 
 
 # ---- phrases -------------------------------------------------------------------------------------

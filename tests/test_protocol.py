@@ -430,23 +430,21 @@ def test_blocks_and_lines(text, expected):
 
 def test_a_violation_names_its_line():
     """Lines count from the start of the response, also behind blank lines, and also for what is
-    wrong with the blocks; texts are cut, messages are one sentence."""
+    wrong with the blocks; messages are one sentence."""
     text = "so\n<thinking>\n\n[VISUAL-SCAN]: objects=bread; hazard=huge\n[OUIJA]: a=b\n"
     text += "</thinking>\n\nwell\n<answer>\n...\n</answer>\nand\n"
     found = check(text)
-    places = [(v.kind, v.line, v.text) for v in found.violations]
-    assert places[0] == ("format", 1, "so")
-    for place in (("bad-type", 4, "hazard=huge"), ("unknown-tool", 5, "OUIJA")):
-        assert place in places
-    for place in (("format", 6, "well"), ("empty", 9, "<answer>"), ("format", 11, "and")):
-        assert place in places
+    places = [(v.kind, v.line) for v in found.violations]
+    assert places[0] == ("format", 1)
+    expected = {("bad-type", 4), ("unknown-tool", 5), ("format", 6), ("empty", 9), ("format", 11)}
+    assert expected <= set(places)
     first = found.calls[0]
     assert (first.fields, first.line) == ({"objects": "bread", "hazard": "huge"}, 4)
     assert (found.text, found.plan, found.answer) == (text, None, "\n...\n")
     assert check("\n\n" + YES + YES).violations[-1].line == 3  # a tag too many: where it is first
     for text in (text, "x" * 100_000, "<thinking>\n" + "y" * 500, "<thinking>[" + "A" * 9999):
         for violation in check(text).violations:
-            assert violation.kind in KINDS and len(violation.text) <= 80
+            assert violation.kind in KINDS
             assert violation.message.endswith(".") and "\n" not in violation.message
             assert len(violation.message) < 300
 
@@ -560,8 +558,6 @@ def test_all_problems_of_a_plan_come_at_once():
         make_plan("boss", ["ORACLE", "VISUAL-SCAN", "VISUAL-SCAN"], "star")
     for words in ("persona", "topology", "Unknown tool", "Repeated tool", "no reasoning", "no dec"):
         assert words in str(error.value)
-    with pytest.raises(PlanError):
-        check("x", protocol.Plan("helper", ("VISUAL-SCAN",), "mesh"))  # built past make_plan
 
 
 def test_plans_round_trip_through_json_strictly():
