@@ -127,17 +127,20 @@ def plan_by_rules(signals: dict):
 
     signals, all optional: harm "none" | "words" | "combined" | "image-text"; wrapper, scary (benign
     with alarming words or objects), unclear (unreadable or conflicting evidence), image (default
-    True). Raises PlanError on an unknown signal."""
+    True). Raises PlanError on an unknown signal, and on harm in an image that is not there."""
     known = {"harm": ("none", "words", "combined", "image-text")}
     known |= dict.fromkeys(("wrapper", "scary", "unclear", "image"), (False, True))
     for key, value in signals.items():
         if value not in known.get(key, ()):
             raise PlanError(f"Unknown signal {key}={value!r}; known: {known}.")
-    shown = (signals.get("harm"), "plain")
-    cue = next(cue for cue in RULES if cue in shown or signals.get(cue))
+    harm = signals.get("harm")
+    image = signals.get("image", True)
+    if harm in ("combined", "image-text") and not image:
+        raise PlanError(f"harm={harm} needs an image, but image is False.")
+    cue = next(cue for cue in RULES if cue in (harm, "plain") or signals.get(cue))
     why, persona, topology, line = RULES[cue]
     tools = line.split()
-    if not signals.get("image", True):
+    if not image:
         why += ", without an image"
         tools = [name for name in tools if name not in ("VISUAL-SCAN", "CROSS-MODAL-SYNC")]
         if "KEYWORD-FLAGGING" not in tools:
@@ -174,7 +177,7 @@ def plan_by_endpoint(teacher, question, image_urls):
         try:  # prose and code fences around one object are fine
             plan = plan_from_dict(json.loads(reply[reply.find("{") : reply.rfind("}") + 1]))
             return plan, f"{plan.topology} with {plan.persona}, by the planner model."
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problem = f"Not usable: {error} Reply with the JSON only."
         messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": problem}]
     plan, why = plan_by_rules({"image": bool(image_urls)})
@@ -372,11 +375,14 @@ def make_items(records, placed, sizes, teacher, scorer, config):
         """The rows of these items, asked side by side."""
 
         def one(record):
-            row = made[record.id] = {"id": record.id}
-            placed[record.id] = row["outcome"] = draft(record, row, config, teacher, scorer)
+            row = {"id": record.id}
+            row["outcome"] = draft(record, row, config, teacher, scorer)
+            return row
 
         with ThreadPoolExecutor(teacher.threads) as pool:
-            list(pool.map(one, items))  # raises what one of them raised
+            for row in pool.map(one, items):  # in their order, however long each takes
+                made[row["id"]] = row
+                placed[row["id"]] = row["outcome"]
 
     spare = [record for record in records if placed[record.id] == "spare"]
     held_out = [record for record in records if placed[record.id] == "eval"]

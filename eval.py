@@ -17,6 +17,7 @@ A case whose judge failed is left out, as in the release, and counted.
 import json
 import os
 import random
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -93,6 +94,10 @@ def read_sets(config):
         sets[name] = benchmarks.read_benchmark(name, os.path.join(config.bench_data, name))
         for record in sets[name]:
             record.texts["group"] = benchmarks.BENCHMARKS[name].group
+    ids = Counter(record.id for records in sets.values() for record in records)
+    for name, times in ids.items():
+        if times > 1:
+            raise DataError(f"the id {name} is used twice in eval.jsonl and benchmarks")
     return sets
 
 
@@ -112,7 +117,8 @@ def answer_batch(config, model, processor, records, mode, kept):
     answered = []
     for record, (response,) in zip(records, in_order(sampled, prompts, 1)):
         check = response.check
-        row = dict.fromkeys(("answer", "choices", "label", *VERDICTS, "form")) | asdict(record)
+        row = asdict(record) | dict.fromkeys(("answer", "choices", "label", *VERDICTS, "form"))
+        del row["where"]
         row |= row.pop("texts")
         row |= {
             "kind": record.meta.get("kind", ""),
@@ -301,18 +307,24 @@ def print_results(results):
         if own:
             print("\n" + markdown_table(["stage", "benchmark", "own metric", "percent"], own))
     for row in results:
-        for metric in ("unjudged", "unlabelled"):
-            if row[metric]["value"] and row["benchmark"] == row["kind"] == "all":
-                print(f"{row['stage']}, {row['prompt']}: {percent(row[metric])} % are {metric}")
+        for metric, thing in (("unjudged", "verdict"), ("unlabelled", "label of their benchmark")):
+            lost = row[metric]["value"]
+            if lost and row["benchmark"] == row["kind"] == "all":
+                print(f"{row['stage']}, {row['prompt']}: {lost:.1%} of the cases have no {thing}")
 
 
 def read_results(folder):
     """results.json of a finished run."""
     path = Path(folder) / "results.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StageError(f"{path}: missing or damaged ({error!r}); run eval.py") from error
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for row in rows:
+            _ = [row[name] for name in ("stage", "prompt", "kind", *SHOWN)]
+        return rows
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise StageError(
+            f"{path}: missing, damaged or of another version ({error!r}); run eval.py"
+        ) from error
 
 
 def mean_and_spread(values):
@@ -325,6 +337,8 @@ def mean_and_spread(values):
 
 def print_means(folders):
     """Mean and standard deviation over runs, all cases."""
+    if len(folders) < 2:
+        raise StageError("python eval.py mean RUN RUN ...: expected two or more run folders")
     found = {}  # (stage, prompt) -> the row of each run that has it
     for folder in folders:
         for row in read_results(folder):

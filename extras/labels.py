@@ -161,3 +161,7 @@ class LabelsJudge:
     def verdict(self, cases):
         """Verdicts of which labels can tell the form alone."""
         return [Verdict(None, None, None, form) for form in self.forms(cases)]
+
+    def grade(self, cases):
+        """Always raises JudgeError."""
+        raise JudgeError("labels give no grades: set JUDGE_URL and JUDGE_MODEL")

@@ -471,7 +471,7 @@ def toy_pairs(record, case, plan, other, rng):
     rejected = {}
     for kind in rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
         broken = perturb(kind, calls, answer, plan, wrong_answer, toy.right_calls(other), rng)
-        if broken and len(rejected) < 3:
+        if len(rejected) < 3:
             text = protocol.render_response(*broken)
             if not perfect(text) or not protocol.check(text, plan).legal:  # really worse
                 rejected[kind] = text

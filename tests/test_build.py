@@ -321,6 +321,7 @@ def test_evaluation_shares_no_image_and_no_question(pool):
     [
         ({"meta": {"source": "MM-SafetyBench"}}, "MM-SafetyBench is a test set"),
         ({"meta": {"signals": {"harm": "no"}}}, "meta.signals: .*harm='no'"),
+        ({"meta": {"signals": {"harm": "combined", "image": False}}}, "needs an image"),
         ({"meta": {"signals": 5}}, "meta.signals: "),
         ({"meta": {"expected": "deny"}}, "one of comply, redirect, refuse"),
         ({"images": ["images/none.png"]}, "no such file"),

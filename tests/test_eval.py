@@ -43,7 +43,7 @@ def rows_of(folder):
     """The base's rows in the order of their ids, without what names the folder."""
     rows = data.read_jsonl(folder / "eval" / "base-generic.jsonl")
     for row in rows:
-        del row["images"], row["where"]
+        row.pop("images")
     return sorted(rows, key=lambda row: row["id"])
 
 
@@ -89,9 +89,7 @@ def test_two_ranks_equal_one(run, world, tmp_path):
     expected = rows_of(run("straight"))
     folder = place(world, tmp_path / "many")
     expected[5]["response"] = "kept"
-    data.write_jsonl(
-        folder / "eval" / "base-generic.jsonl", [expected[5] | {"images": [], "where": ""}]
-    )
+    data.write_jsonl(folder / "eval" / "base-generic.jsonl", [expected[5] | {"images": []}])
     words = "-m torch.distributed.run --standalone --nproc_per_node 2 eval.py".split()
     command = [sys.executable, *words, "--out", str(folder), *FLAGS]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, timeout=120, check=True)
@@ -232,13 +230,17 @@ def test_benchmarks_from_files_to_tables(run, world, tmp_path, monkeypatch):
 
 
 def test_what_is_refused(run, monkeypatch):
-    """Guards: a set that two sources share, benchmarks without a folder."""
+    """Guards: a set or an id that two sources share, benchmarks without a folder."""
     with pytest.raises(ConfigError, match="needs --bench_data"):
         run("a", "--benchmarks", "pope")
     twin = data.Record("1", "?", texts={"benchmark": "pope"})
     monkeypatch.setattr(evaluation, "read_records", lambda path, kind: [twin])
     with pytest.raises(ConfigError, match="pope is there twice"):
         run("b", "--benchmarks", "pope", "--bench_data", "files")
+    twin = data.Record("1", "?", texts={"benchmark": "toy"})
+    monkeypatch.setattr(evaluation, "read_records", lambda path, kind: [twin, twin])
+    with pytest.raises(data.DataError, match="the id 1 is used twice"):
+        run("c")
 
 
 def test_mean_over_runs(tmp_path, capsys):
@@ -251,5 +253,11 @@ def test_mean_over_runs(tmp_path, capsys):
     evaluation.main(["mean", *folders])
     line = capsys.readouterr().out.splitlines()[2]
     assert line == "| sft | generic | 2 | " + "75.0 +- 35.4 | " * 3 + "- | 100.0 +- 0.0 |"
-    with pytest.raises(StageError, match="missing or damaged"):
+    with pytest.raises(StageError, match="missing, damaged"):
         evaluation.main(["mean", folders[0], "none"])
+    with pytest.raises(StageError, match="two or more"):
+        evaluation.main(["mean", folders[0]])
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "results.json").write_text('[{"stage": "sft"}]')
+    with pytest.raises(StageError, match="another version"):
+        evaluation.main(["mean", folders[0], str(tmp_path / "old")])

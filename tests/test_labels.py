@@ -67,6 +67,8 @@ def test_records_without_a_label_are_counted_and_stop_the_run_if_all():
     with pytest.raises(JudgeError, match="meta\\['expected'\\]"):
         judged.score(cases[:1] * labels.WHOLE)
     assert judged.verdict(cases[2:]) == [Verdict(None, None, None, None)]
+    with pytest.raises(JudgeError, match="JUDGE_URL"):
+        judged.grade(cases)
 
 
 # ---- phrases -------------------------------------------------------------------------------------
